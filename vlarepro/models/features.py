@@ -185,8 +185,8 @@ def train_encoder(
         opt.zero_grad(set_to_none=True); total.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        if step % 20 == 0 or step == fit.steps - 1: history.append(dict(step=step, total=float(total), **{k: float(v) for k, v in losses.items()}))
-        if not np.isfinite(float(total)): raise FloatingPointError(f"encoder loss is {float(total)} at step {step}: lower lr ({fit.lr}) or look at the input images")
+        if step % 20 == 0 or step == fit.steps - 1: history.append(dict(step=step, total=float(total.detach()), **{k: float(v.detach()) for k, v in losses.items()}))
+        if not torch.isfinite(total.detach()): raise FloatingPointError(f"encoder loss is {float(total.detach())} at step {step}: lower lr ({fit.lr}) or look at the input images")
         if resume and (step + 1) % fit.save_every == 0: _save_resume(resume, key, step + 1, (encoder, heads, opt), history)
     return encoder.eval(), heads.eval(), history
 

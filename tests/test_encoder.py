@@ -1,0 +1,180 @@
+"The encoder, its training and its cache: shapes, view masks, determinism, resuming, damaged files."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from vlarepro.core.seeds import rng, torch_rng
+from vlarepro.models.features import (
+    EncoderFit,
+    KeyframeSet,
+    encode_images,
+    encode_keyframes,
+    encoder_loss,
+    load_features,
+    make_heads,
+    motion_targets,
+    neighbours,
+    train_encoder,
+)
+from vlarepro.models.visual_encoder import EncoderConfig, VisualEncoder, drop_views, encoder_hash, load_encoder, mask_blocks, patches
+
+CFG = EncoderConfig((32, 64), 3, (8, 8, 8, 16, 16), (1, 2), 8, 16)
+FIT = EncoderFit(steps=10, batch=8, lr=3e-3, weight_decay=0.01, warmup=2, p_front_only=0.2, p_each_view=0.1,
+                 w_seg=1.0, w_depth=1.0, w_motion=1.0, mask_block=8, mask_share=0.5, save_every=4)
+
+
+@pytest.fixture(scope="module")
+def world():
+    g, scene = rng("test-encoder"), np.repeat(np.arange(5), 8)
+    previous, following = neighbours(scene)
+    images = g.integers(0, 255, (40, 3, 32, 64, 3)).astype(np.uint8)
+    seg = g.integers(0, 4, (40, 3, 8, 16)).astype(np.uint8)
+    pose = np.stack([np.cumsum(g.uniform(0, 5, 40)), g.normal(size=40), g.normal(0, 0.1, 40)], 1)
+    return KeyframeSet(images, previous, following, seg, seg * 50, motion_targets(pose, g.uniform(0, 10, 40), g.normal(size=40), previous))
+
+
+@pytest.fixture(scope="module")
+def rows(world): return np.arange(len(world))
+
+
+def test_neighbours_stay_in_the_scene(world):
+    assert (world.previous[::8] == np.arange(0, 40, 8)).all() and (world.following[7::8] == np.arange(7, 40, 8)).all()
+    assert (np.delete(world.previous, np.arange(0, 40, 8)) == np.delete(np.arange(40), np.arange(0, 40, 8)) - 1).all()
+
+
+@pytest.mark.parametrize("hw, grid", [((64, 128), (2, 4)), ((128, 256), (2, 4)), ((128, 256), (4, 8)), ((32, 64), (1, 2))])
+def test_shapes(hw, grid):
+    e = VisualEncoder(EncoderConfig(hw, 3, (4, 8, 8, 8, 8), grid, 8, 16))
+    out = e(torch.zeros(2, 2, 3, *hw, 3, dtype=torch.uint8))
+    assert out.shape == (2, 3 * grid[0] * grid[1], 8)
+
+
+def test_bad_input(world):
+    e = VisualEncoder(CFG)
+    with pytest.raises(ValueError, match="expected \\(b, 2, 3, 32, 64, 3\\)"): e(torch.zeros(1, 2, 3, 30, 64, 3, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="uint8"): e(torch.zeros(1, 2, 3, 32, 64, 3))
+    with pytest.raises(ValueError, match="does not divide"): EncoderConfig((64, 128), 3, (8,) * 5, (2, 3), 8, 16)
+    with pytest.raises(ValueError, match="without any camera"): encode_images(e, world.pairs(np.arange(1)).numpy(), np.zeros((1, 3), bool))
+    nan = world.motion.copy(); nan[3, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN"): KeyframeSet(world.images, world.previous, world.following, motion=nan)
+    with pytest.raises(ValueError, match="seg: expected 40 rows"): KeyframeSet(world.images, world.previous, world.following, seg=world.seg[:3])
+
+
+def test_view_dropout_masks():
+    m = drop_views(4000, 3, 1, 0.25, 0.0, torch_rng("m"))
+    assert m[:, 1].all() and (m[:, 0] == m[:, 2]).all() and abs(1 - m[:, 0].float().mean() - 0.25) < 0.03
+    assert drop_views(100, 3, 1, 0.0, 0.0, torch_rng("m")).all()
+    assert (drop_views(50, 3, 1, 0.3, 0.3, torch_rng("a")) == drop_views(50, 3, 1, 0.3, 0.3, torch_rng("a"))).all()
+
+
+def test_absent_views_do_not_leak(world):
+    e, pairs = VisualEncoder(CFG).eval(), world.pairs(np.arange(1, 5))
+    torch.nn.init.normal_(e.missing)
+    valid = torch.tensor([[False, True, False]]).expand(4, 3)
+    noise = pairs.clone(); noise[:, :, [0, 2]] = 255 - noise[:, :, [0, 2]]
+    with torch.no_grad():
+        assert torch.allclose(e(pairs, valid), e(noise, valid), atol=1e-5)
+        assert not torch.allclose(e(pairs), e(noise), atol=1e-3)
+
+
+def test_losses_ignore_absent_views(world, rows):
+    heads = make_heads("multitask", CFG, world, rows, 4)
+    tokens, valid = torch.randn(4, 6, 8, generator=torch_rng("t")), torch.tensor([[False, True, False]]).expand(4, 3)
+    seg, depth, motion = (torch.from_numpy(a[1:5]) for a in (world.seg, world.depth, world.motion))
+    a = heads.losses(tokens, seg, depth, motion, valid)
+    changed = seg.clone(); changed[:, 0] = 3 - changed[:, 0]
+    assert a["seg"] == heads.losses(tokens, changed, depth, motion, valid)["seg"]
+
+
+def test_patches_follow_the_token_order():
+    maps = torch.arange(2 * 8 * 16).view(1, 2, 8, 16)
+    p = patches(maps, (2, 4))
+    assert p.shape == (1, 16, 16) and p[0, 5].min() == maps[0, 0, 4:8, 4:8].min() and p[0, 8].min() == maps[0, 1, 0, 0]
+
+
+def test_masks_leave_the_earlier_frame(world):
+    pairs = world.pairs(np.arange(1, 9))
+    m = mask_blocks(pairs, 8, 0.5, torch_rng("b"))
+    assert (m[:, 0] == pairs[:, 0]).all()
+    assert 0.35 < (m[:, 1] == 110).all(-1).float().mean() < 0.65
+
+
+@pytest.mark.parametrize("objective", ["multitask", "selfsup"])
+def test_deterministic_and_resumable(world, rows, objective, tmp_path):
+    a, *_ = train_encoder(world, rows, CFG, FIT, objective, 4, seed=1)
+    torch.manual_seed(123)  # a foreign draw must not matter
+    train_encoder(world, rows, CFG, FIT, objective, 4, seed=1, resume=tmp_path / "r.pt", stop_at=6)
+    b, *_ = train_encoder(world, rows, CFG, FIT, objective, 4, seed=1, resume=tmp_path / "r.pt")
+    assert encoder_hash(a) == encoder_hash(b)
+    c, *_ = train_encoder(world, rows, CFG, FIT, objective, 4, seed=2, resume=tmp_path / "r.pt")  # another run's resume file is not used
+    assert encoder_hash(c) != encoder_hash(a)
+
+
+def test_both_objectives_share_the_initial_encoder(world, rows):
+    from dataclasses import replace
+    one = replace(FIT, steps=1, lr=0.0)
+    assert encoder_hash(train_encoder(world, rows, CFG, one, "multitask", 4)[0]) == encoder_hash(train_encoder(world, rows, CFG, one, "selfsup", 4)[0])
+
+
+def test_last_keyframe_has_no_next(world, rows):
+    e, heads = VisualEncoder(CFG), make_heads("selfsup", CFG, world, rows, 4)
+    total, losses = encoder_loss(e, heads, world, np.array([6, 7, 15, 20]), FIT, torch_rng("x"))
+    assert torch.isfinite(total) and set(losses) == {"now", "next"}
+
+
+def test_cache_is_whole_or_refused(world, rows, tmp_path):
+    e, *_ = train_encoder(world, rows, CFG, FIT, "multitask", 4)
+    meta = encode_keyframes(e, world, rows[:24], tmp_path, dict(objective="multitask"))
+    f = load_features(tmp_path)
+    assert f.dtype == np.float16 and f.shape == (40, 6, 8) and abs(float(f[:24].astype(float).mean())) < 1e-2
+    assert meta["encoder"] == encoder_hash(load_encoder(tmp_path / "encoder"))
+    again = encode_images(load_encoder(tmp_path / "encoder"), world.pairs(np.arange(4)).numpy(), np.ones((4, 3), bool))
+    assert np.allclose(again.numpy(), f[:4].astype(np.float32), atol=0.05)
+    (tmp_path / "features.json").rename(tmp_path / "gone.json")
+    with pytest.raises(FileNotFoundError, match="did not finish"): load_features(tmp_path)
+    meta["shape"][0] = 41
+    (tmp_path / "features.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="says \\[41"): load_features(tmp_path)
+
+
+def test_tampered_weights_are_refused(tmp_path):
+    from vlarepro.models.visual_encoder import save_encoder
+    save_encoder(tmp_path / "e", VisualEncoder(CFG), {})
+    meta = json.loads((tmp_path / "e" / "encoder.json").read_text()); meta["hash"] = "0" * 16
+    (tmp_path / "e" / "encoder.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="rerun the encoder stage"): load_encoder(tmp_path / "e")
+
+
+KILLED = """
+import sys, numpy as np, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {here!r})
+import test_encoder as t
+w = t.world.__wrapped__() if hasattr(t.world, '__wrapped__') else t.world.__pytest_wrapped__.obj()
+from dataclasses import replace
+print('ready', flush=True)
+e, *_ = t.train_encoder(w, np.arange(len(w)), t.CFG, replace(t.FIT, steps=150, save_every=5), 'multitask', 4, resume={resume!r})
+print(t.encoder_hash(e))
+"""
+
+
+def test_kill_9_then_resume(tmp_path):
+    resume = tmp_path / "r.pt"
+    code = KILLED.format(here=os.path.dirname(__file__), resume=str(resume))
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    end = time.time() + 60
+    while not resume.exists() and time.time() < end: time.sleep(0.02)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert resume.exists() and p.returncode == -signal.SIGKILL
+    saved = torch.load(resume, weights_only=True)
+    assert 0 < saved["step"] < 150
+    runs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (code, code.replace(str(resume), str(tmp_path / "other.pt")))]
+    out, whole = (r.stdout.split() for r in runs)
+    assert out[-1] == whole[-1]

@@ -175,6 +175,7 @@ def test_kill_9_then_resume(tmp_path):
     assert resume.exists() and p.returncode == -signal.SIGKILL
     saved = torch.load(resume, weights_only=True)
     assert 0 < saved["step"] < 150
-    runs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (code, code.replace(str(resume), str(tmp_path / "other.pt")))]
+    codes = (code, code.replace(str(resume), str(tmp_path / "other.pt")))
+    runs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in codes]
     out, whole = (r.stdout.split() for r in runs)
     assert out[-1] == whole[-1]

@@ -22,7 +22,7 @@ def nearest(
     "Say which known name is meant, for error messages."
     names = sorted(map(str, names))
     hit = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {hit[0]!r}? " * bool(hit) + f"known: {', '.join(names) or 'none'}"
+    return (f"did you mean {hit[0]!r}? " if hit else "") + f"known: {', '.join(names) or 'none'}"
 
 # %% ../../nbs/00_core/20_params.ipynb #c009
 def load_params(

@@ -29,18 +29,17 @@ TILE_PX = 1024     # period of the textures: 256 m
 # %% ../../nbs/10_world/52_ground.ipynb #c008
 def _octave(gen: np.random.Generator, scale_m: float, amplitude: float) -> np.ndarray:
     "Periodic smooth noise with grains of `scale_m`; `amplitude` is its standard deviation in grey levels."
-    n = max(4, int(round(TILE_PX * METRES_PER_PIXEL / scale_m)))
-    k = TILE_PX // n if TILE_PX % n == 0 else -(-TILE_PX // n)
+    n = round(TILE_PX * METRES_PER_PIXEL / scale_m)
+    if TILE_PX % n: raise ValueError(f"expected a scale that divides {TILE_PX * METRES_PER_PIXEL} m into a power of two, got {scale_m}")
+    k = TILE_PX // n
     grid = cv2.copyMakeBorder(gen.standard_normal((n, n)).astype(np.float32), 2, 2, 2, 2, cv2.BORDER_WRAP)
     big = cv2.resize(grid, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)[2 * k:2 * k + n * k, 2 * k:2 * k + n * k]
-    if big.shape[0] != TILE_PX: big = cv2.resize(big, (TILE_PX, TILE_PX), interpolation=cv2.INTER_AREA)
     return big * (amplitude / big.std())
 
-def _wrapped(draw, xy: np.ndarray, reach_px: float) -> None:
-    "Call draw(shift) for every copy of a shape that touches the tile."
-    for dx in (-TILE_PX, 0, TILE_PX):
-        for dy in (-TILE_PX, 0, TILE_PX):
-            if (-reach_px < xy + [dx, dy]).all() and (xy + [dx, dy] < TILE_PX + reach_px).all(): draw(np.array([dx, dy]))
+def _copies(xy: np.ndarray, reach_px: float) -> list[np.ndarray]:  # shifts
+    "Copies of a shape at xy that touch the tile, for a periodic texture."
+    shifts = [np.array([dx, dy]) for dx in (-TILE_PX, 0, TILE_PX) for dy in (-TILE_PX, 0, TILE_PX)]
+    return [s for s in shifts if (-reach_px < xy + s).all() and (xy + s < TILE_PX + reach_px).all()]
 
 # %% ../../nbs/10_world/52_ground.ipynb #c009
 def _patches(tile: np.ndarray, gen: np.random.Generator, n: int) -> None:
@@ -51,17 +50,15 @@ def _patches(tile: np.ndarray, gen: np.random.Generator, n: int) -> None:
         c, s = np.cos(yaw), np.sin(yaw)
         quad = (np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half) @ np.array([[c, s], [-s, c]]) + xy
         tone, seam, keep = gen.choice([-1, 1], p=[.65, .35]) * gen.uniform(14, 34), gen.random() < .5, gen.uniform(.3, .8)
-        def draw(shift):
-            mask = np.zeros(tile.shape, np.uint8)
+        for shift in _copies(xy, 24 / METRES_PER_PIXEL):
             x0, y0 = np.maximum((quad + shift).min(0).astype(int) - 2, 0)
             x1, y1 = np.minimum((quad + shift).max(0).astype(int) + 3, TILE_PX)
-            if x1 <= x0 or y1 <= y0: return
-            sub, mask = tile[y0:y1, x0:x1], mask[y0:y1, x0:x1]
-            pts = np.rint((quad + shift - [x0, y0])).astype(np.int32)
+            if x1 <= x0 or y1 <= y0: continue
+            sub, mask = tile[y0:y1, x0:x1], np.zeros((y1 - y0, x1 - x0), np.uint8)
+            pts = np.rint(quad + shift - [x0, y0]).astype(np.int32)
             cv2.fillConvexPoly(mask, pts, 1)
             sub[mask > 0] = sub[mask > 0] * keep + tone
             if seam: cv2.polylines(sub, [pts], True, float(tone - 22), 1)
-        _wrapped(draw, xy, 24 / METRES_PER_PIXEL)
 
 def _cracks(tile: np.ndarray, gen: np.random.Generator, n: int) -> None:
     "Dark wandering lines and a few round covers."
@@ -70,10 +67,9 @@ def _cracks(tile: np.ndarray, gen: np.random.Generator, n: int) -> None:
         heading = gen.uniform(0, 2 * np.pi) + np.cumsum(gen.normal(0, .5, steps))
         line = start + np.cumsum(np.stack([np.cos(heading), np.sin(heading)], -1) * 5, 0)
         tone, width, cover = float(gen.uniform(-46, -26)), int(gen.integers(1, 3)), i % 4 == 0
-        def draw(shift):
+        for shift in _copies(start, 72):
             if cover: cv2.circle(tile, tuple(int(x) for x in start + shift), 2, tone, -1)
             else: cv2.polylines(tile, [np.rint(line + shift).astype(np.int32)], False, tone, width)
-        _wrapped(draw, start, 72)
 
 # %% ../../nbs/10_world/52_ground.ipynb #c010
 def _colour(grey: np.ndarray, rgb: tuple[int, int, int], tint: np.ndarray | None = None, towards: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
@@ -88,7 +84,7 @@ def _colour(grey: np.ndarray, rgb: tuple[int, int, int], tint: np.ndarray | None
 def texture_tiles() -> dict[str, UInt8[np.ndarray, "1024 1024 4"]]:  # 'road', 'pavement', 'verge'
     "The three periodic textures; the same in every process."
     gen = rng('ground texture', 1)
-    road = sum(_octave(gen, s, a) for s, a in ((16, 9), (8, 8), (4, 8), (1, 6)))
+    road = sum(_octave(gen, s, a) for s, a in ((16, 9), (8, 9), (4, 10), (2, 8), (1, 6)))
     _patches(road, gen, 420); _cracks(road, gen, 420)
     road += gen.normal(0, 5, road.shape).astype(np.float32)
     i = np.arange(TILE_PX)
@@ -233,7 +229,7 @@ def _paint_marks(paint: np.ndarray, labels: np.ndarray, road: Road, to_px) -> No
         line = np.asarray(line, float)
         if len(line) < 2: continue
         if kind == 'dashed': groups[white] += _dashes(line)
-        elif kind == 'double': groups[yellow] += [_offset(line, .22), _offset(line, -.22)]
+        elif kind == 'double': groups[yellow] += [_offset(line, .28), _offset(line, -.28)]
         elif kind in ('solid', 'edge'): groups[white].append(line)
         else: raise ValueError(f"expected a mark of kind dashed, solid, double or edge, got {kind!r}")
     for colour, lines in groups.items():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_VERTICES', 'ALWAYS', 'FAR_M', 'Parts', 'box_faces', 'inset', 'disc', 'upright', 'car', 'truck', 'pedestrian',
            'bicycle_frame', 'rider', 'cone', 'barrier', 'lamp_diameter_m', 'signal_head', 'signal_mast', 'building',
-           'plant', 'pole', 'Shapes', 'scene_shapes']
+           'plant', 'pole', 'Shapes', 'shapes_table', 'scene_shapes']
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c002
 from dataclasses import dataclass, field
@@ -22,11 +22,12 @@ from .scene import GREEN, RED, YELLOW, Scene
 N_VERTICES = 6        # polygons hold up to six vertices, the last one repeated
 ALWAYS = -1
 FAR_M = 90.           # nothing is drawn beyond this distance
+_PADDED = {n: np.minimum(np.arange(N_VERTICES), n - 1) for n in (3, 4, 5, 6)}
 
 @dataclass
 class Parts:
     "Polygons under construction; every polygon belongs to the item added last."
-    local: list = field(default_factory=list)    # (6, 3) item frame [m]
+    local: list = field(default_factory=list)    # (m, 6, 3) item frame [m]
     count: list = field(default_factory=list)    # vertices
     item: list = field(default_factory=list)
     rgb: list = field(default_factory=list)
@@ -54,10 +55,18 @@ class Parts:
 
     def _add(self, xyz, rgb, label, when, reach_m, glow, two_sided, bias_m):
         xyz = np.asarray(xyz, float)
-        self.local.append(np.concatenate([xyz, np.repeat(xyz[-1:], N_VERTICES - len(xyz), 0)]))
+        self.local.append(xyz[None, _PADDED[len(xyz)]])
         for column, value in zip((self.count, self.item, self.rgb, self.label, self.when, self.reach, self.glow, self.two_sided, self.bias),
                                  (len(xyz), len(self.items) - 1, rgb, label, when, reach_m, glow, two_sided, bias_m)): column.append(value)
         return xyz
+
+    def panel(self, quads: np.ndarray, rgb: np.ndarray, reach_m: list) -> None:
+        "Several quadrilaterals at once: the first is a face, the others details in it."
+        n = len(quads)
+        self.local.append(quads[:, _PADDED[4]])
+        self.rgb.extend(rgb); self.reach.extend(reach_m)
+        for column, value in zip((self.count, self.item, self.when, self.glow, self.two_sided, self.bias), (4, len(self.items) - 1, ALWAYS, False, False, 0.)): column.extend([value] * n)
+        self.label.extend([self.classes[-1]] + [-1] * (n - 1))
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c008
 def box_faces(
@@ -70,14 +79,16 @@ def box_faces(
     a0, a1, b0, b1 = top or bottom
     B = np.array([[x0, y0, z0], [x1, y0, z0], [x1, y1, z0], [x0, y1, z0]])
     T = np.array([[a0, b0, z1], [a1, b0, z1], [a1, b1, z1], [a0, b1, z1]])
-    side = lambda i, j: np.stack([B[i], B[j], T[j], T[i]])
-    return dict(rear=side(3, 0), front=side(1, 2), left=side(2, 3), right=side(0, 1), top=T)
+    V = np.concatenate([B, T])
+    return dict(rear=V[[3, 0, 4, 7]], front=V[[1, 2, 6, 5]], left=V[[2, 3, 7, 6]], right=V[[0, 1, 5, 4]], top=T)
+
+def _weights(u0: float, u1: float, v0: float, v1: float) -> list[list[float]]:
+    "Corners of an inset as weights of the corners of its face."
+    return [[(1 - u) * (1 - v), u * (1 - v), u * v, (1 - u) * v] for u, v in ((u0, v0), (u1, v0), (u1, v1), (u0, v1))]
 
 def inset(face: np.ndarray, u0: float, u1: float, v0: float, v1: float) -> np.ndarray:
     "A quadrilateral inside a face: u from its left edge, v from its bottom."
-    p, q, r, s = face
-    at = lambda u, v: (1 - v) * ((1 - u) * p + u * q) + v * ((1 - u) * s + u * r)
-    return np.stack([at(u0, v0), at(u1, v0), at(u1, v1), at(u0, v1)])
+    return np.array(_weights(u0, u1, v0, v1)) @ face
 
 def disc(centre, radius: float, axis: str = 'x', stretch: float = 1.) -> np.ndarray:  # (6, 3)
     "A hexagon that faces +x, or ±y ('+y', '-y')."
@@ -208,7 +219,7 @@ def signal_head(p: Parts) -> None:
         for other, (_, dark, zo) in _LIT.items():
             if other != state: p.detail(disc((.01, 0, zo), .36), tuple(int(.22 * c) for c in dark), when=state, reach_m=30.)
         p.detail(disc((.01, 0, z), .6), rgb, when=state, reach_m=FAR_M, glow=True)
-    p.face(front[::-1] * [1, 1, 1], (44, 46, 50), label='pole')
+    p.face(front[::-1], (44, 46, 50), label='pole')
 
 def signal_mast(p: Parts, height_m: float, aside_m: float) -> None:
     "A pole `aside_m` to the right of the head (seen from the front) and an arm to it; item frame: below the head on the ground."
@@ -220,24 +231,21 @@ def building(p: Parts, index: int, prop) -> None:
     "Walls in panels with a plinth, windows and a cornice; one item per panel."
     l, w, h = (float(x) for x in prop.size_lwh)
     gen, base = rng('facade', index, *(int(c) for c in prop.color)), np.asarray(prop.color, float)
-    glass = np.array([58, 70, 88]) * gen.uniform(.7, 1.5)
-    floors = int(np.clip(h // 3.2, 1, 4))
+    glass, floors = np.array([58, 70, 88]) * gen.uniform(.7, 1.5), int(np.clip(h // 3.2, 1, 4))
+    parts = [(0, 1, 0, 1), (0, 1, 0, .9 / h), (0, 1, 1 - .5 / h, 1)]
+    parts += [(u, u + .3, (k + .38) / floors, (k + .8) / floors) for k in range(floors) for u in (.14, .56)]
+    W, reach = np.array([_weights(*q) for q in parts]), [FAR_M, 55., 70.] + [48.] * (2 * floors)
     c, s = np.cos(prop.yaw_rad), np.sin(prop.yaw_rad)
     for name, f in box_faces((-l / 2, l / 2, -w / 2, w / 2), 0, h).items():
         if name == 'top': continue
-        n = max(1, round(np.hypot(*(f[1] - f[0])[:2]) / 5))
+        n = max(1, round(float(np.hypot(*(f[1] - f[0])[:2])) / 5))
+        tones, panes = gen.uniform(.82, 1.16, n), gen.uniform(.7, 1.4, (n, 2 * floors))
         for i in range(n):
-            panel = inset(f, i / n, (i + 1) / n, 0, 1)
-            centre = panel.mean(0) * [1, 1, 0]
-            xy = np.array([c * centre[0] - s * centre[1], s * centre[0] + c * centre[1], 0.]) + prop.xyz
-            p.open('prop', index, xy, prop.yaw_rad, 'building')
-            tone = base * gen.uniform(.82, 1.16)
-            q = p.face(panel - centre, tone)
-            p.detail(inset(q, 0, 1, 0, .9 / h), tone * .62, reach_m=55.)
-            for k in range(floors):
-                z0, z1 = (k + .38) / floors, (k + .8) / floors
-                p.detail(inset(q, .14, .44, z0, z1), glass * gen.uniform(.7, 1.4), reach_m=48.)
-                p.detail(inset(q, .56, .86, z0, z1), glass * gen.uniform(.7, 1.4), reach_m=48.)
+            panel = np.array(_weights(i / n, (i + 1) / n, 0, 1)) @ f
+            x, y, _ = panel.mean(0)
+            p.open('prop', index, (prop.xyz[0] + c * x - s * y, prop.xyz[1] + s * x + c * y, prop.xyz[2]), prop.yaw_rad, 'building')
+            rgb = np.concatenate([base * tones[i] * np.array([[1.], [.62], [.8]]), glass * panes[i][:, None]])
+            p.panel(W @ (panel - [x, y, 0]), rgb, reach)
 
 def plant(p: Parts, index: int, prop) -> None:
     "A tree (trunk and three crowns) or a bush."
@@ -298,6 +306,17 @@ def _agent(p: Parts, k: int, agent) -> None:
     else: raise ValueError(f"agent {agent.id}: no shape for the category {c!r}; expected a nuScenes vehicle, human, movable_object.trafficcone or movable_object.barrier")
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c022
+def shapes_table(p: Parts) -> Shapes:
+    "Parts as arrays."
+    items = p.items
+    column = lambda j, kind: np.array([it[j] for it in items], kind)
+    index_of = lambda source: np.array([it[1] if it[0] == source else -1 for it in items], int)
+    f = lambda a, kind, shape=(-1,): np.array(a, kind).reshape(shape)
+    local = np.concatenate(p.local).astype(np.float32) if p.local else np.zeros((0, N_VERTICES, 3), np.float32)
+    return Shapes(local, f(p.count, int), f(p.item, int), f(p.rgb, np.float32, (-1, 3)), f(p.label, int), f(p.when, int),
+                  f(p.reach, np.float32), f(p.glow, bool), f(p.two_sided, bool), f(p.bias, np.float32), np.array([it[2:5] for it in items], float).reshape(-1, 3),
+                  column(5, float), column(6, bool), column(7, int), index_of('agent'), index_of('signal'))
+
 def scene_shapes(
     scene: Scene,
     on_road=None,   # function (2,) world point -> bool: keeps masts of signals off the carriageway; None: never on the road
@@ -310,14 +329,8 @@ def scene_shapes(
     for i, s in enumerate(scene.road.signals):
         x, y, z = s.xyz
         right = np.array([-np.sin(s.heading_rad), np.cos(s.heading_rad)])
-        aside = next((a for a in (0., -3., 3., -6., 6.) if on_road is None or not on_road(s.xyz[:2] + a * right)), 0.)
-        p.open('mast', i, (x, y, 0.), s.heading_rad, 'pole'); signal_mast(p, float(z), aside)
+        aside = next((a for a in (0., -3., 3., -5., 5., -8., 8., -11., 11.) if on_road is None or not on_road(s.xyz[:2] + a * right)), None)
+        if aside is not None: p.open('mast', i, (x, y, 0.), s.heading_rad, 'pole'); signal_mast(p, float(z), aside)
         p.open('signal', i, s.xyz, s.heading_rad, 'pole'); signal_head(p)
     for k, agent in enumerate(scene.agents): _agent(p, k, agent)
-    items = p.items
-    column = lambda j, kind: np.array([it[j] for it in items], kind)
-    index_of = lambda source: np.array([it[1] if it[0] == source else -1 for it in items], int)
-    f = lambda a, kind, shape=(-1,): np.array(a, kind).reshape(shape)
-    return Shapes(f(p.local, np.float32, (-1, N_VERTICES, 3)), f(p.count, int), f(p.item, int), f(p.rgb, np.float32, (-1, 3)), f(p.label, int), f(p.when, int),
-                  f(p.reach, np.float32), f(p.glow, bool), f(p.two_sided, bool), f(p.bias, np.float32), np.array([it[2:5] for it in items], float).reshape(-1, 3),
-                  column(5, float), column(6, bool), column(7, int), index_of('agent'), index_of('signal'))
+    return shapes_table(p)

@@ -269,7 +269,7 @@ def light_ahead(
     best, route = None, set(scene.route)
     for i, s in enumerate(scene.road.signals):
         if not route & set(s.lanes): continue
-        lines = [l.line.mean(0) for l in scene.road.stop_lines if l.signal == s.id]
+        lines = [l.line.mean(0) for l in scene.road.stop_lines if set(l.lanes) & set(s.lanes)]
         p = np.asarray(lines[0] if lines else s.xyz[:2])
         x, y = _to_ego(p[None, None], scene.ego[step:step + 1])[0, 0]
         if 0 < x < 60 and abs(y) < 20 and (best is None or x < best[0]): best = (x, int(scene.signal_state[step, i]))

@@ -45,7 +45,7 @@ class Companion:
     v_ref: np.ndarray        # planned speed along its path (same arc length as the ego's until it leaves)
     driver: Driver
     leaves_s: float = 1e9    # arc length at which it leaves the ego's way
-    brake_at: float = 1e9    # it brakes when the ego's front is here [m]
+    brake_at: float = 1e9    # it brakes when the ego's front is here and within 30 m behind [m]
     brake_to: float = 0.     # down to this speed
     brake_hold_s: float = 2.
     brake_mps2: float = 3.6
@@ -159,9 +159,8 @@ def _tables(v_ref: np.ndarray) -> tuple[list, list]:
 def _step_walkers(k, front, v, walkers, walk, cars) -> None:
     "A pedestrian steps out when the ego is near and nobody is between."
     for i, w in enumerate(walkers):
-        if walk[i] is None and w.crosses and 0 < w.s - front < stopping_distance(v) * w.near:
-            free = all(not (front < c.s < w.s + 25 + c.c.length_m) for c in cars)
-            walk[i] = k if free else -1
+        if walk[i] is None and w.crosses and .97 < (w.s - front) / stopping_distance(v) < w.near:
+            if all(not (front < c.s < w.s + 6 + c.c.length_m) for c in cars): walk[i] = k
 
 def _stop_gap(k, front, v, machines, walkers, walk) -> float:
     "Distance to the nearest place where the ego has to stop now."
@@ -169,7 +168,7 @@ def _stop_gap(k, front, v, machines, walkers, walk) -> float:
     for m in machines:
         if m.closed_for(front, v): stop = min(stop, m.light.stop_s - front - .8)
     for w, step in zip(walkers, walk):
-        if step is None or step < 0: continue
+        if step is None: continue
         since = (k - step) * DT_S
         if REACTION_S <= since < w.blocks_s and w.s - front > -.3: stop = min(stop, w.s - front - 1.5)
     return stop
@@ -197,7 +196,7 @@ class _CompanionState:
         c = self.c
         if self.A: self.V.append(self.v)
         self.S.append(self.s); self.A.append(self.a)
-        if self.brake_step is None and ego_front >= c.brake_at: self.brake_step = k
+        if self.brake_step is None and ego_front >= c.brake_at and self.s - c.length_m - ego_front < 30: self.brake_step = k
         if self.cut_step is None and ego_front >= c.cut_at: self.cut_step = k
         i = min(int(self.s / PATH_STEP_M), len(self.ref) - 1)
         ref, slope = self.ref[i], self.slope[i]
@@ -205,7 +204,7 @@ class _CompanionState:
         gap, v_lead = _leader(self.s, [o for o in cars if o is not self], late=2)
         stop = min([m.light.stop_s - self.s - .8 for m in machines if m.closed_for(self.s, self.v)] or [1e9])
         for w, t in zip(walkers, walk):
-            if t is not None and t >= 0 and (k - t) * DT_S < w.blocks_s and w.s > self.s: stop = min(stop, w.s - self.s - 1.5)
+            if t is not None and (k - t) * DT_S < w.blocks_s and w.s > self.s: stop = min(stop, w.s - self.s - 1.5)
         a = next_accel(self.v, self.a, ref, slope, gap, v_lead, stop, c.driver)
         if self.brake_step is not None and (k - self.brake_step) * DT_S < c.brake_hold_s + (c.v0 - c.brake_to) / c.brake_mps2:
             want = -c.brake_mps2 if self.v > c.brake_to + .5 else -(self.v - c.brake_to)

@@ -258,7 +258,7 @@ def bend_profile(
     room = (length_m - 2 * straight_m) // max(bends, 1)
     sign = sign or rng.choice([-1., 1.])
     for i in range(bends):
-        radius = np.exp(rng.uniform(np.log(26), np.log(150)))
+        radius = np.exp(rng.uniform(np.log(28), np.log(180)))
         arc = int(min(rng.uniform(.25, 1.) * max_turn_rad * radius, room - 12))
         if arc < 8: continue
         start = straight_m + i * room + int(rng.uniform(0, max(room - arc - 8, 1)))
@@ -372,7 +372,7 @@ def build_layout(
     lanes, shoulder = _plan_lanes(rng, turns), float(rng.choice([.5, 2.4], p=[.5, .5]))
     b = RoadBuilder(style, limit)
     lengths = [int(rng.uniform(50, 125)) for _ in turns]; lengths.append(int(max(80, wanted - sum(lengths) - 20 * len(turns))))
-    bends = [int(rng.choice([0, 1, 2], p=[.32, .5, .18]) if m < 140 else rng.choice([0, 2, 3, 4], p=[.15, .3, .35, .2])) for m in lengths]
+    bends = [int(rng.choice([0, 1, 2], p=[.42, .43, .15]) if m < 140 else rng.choice([0, 2, 3, 4], p=[.22, .33, .3, .15])) for m in lengths]
     limit_turn = .6 if turns else 1.1
     kappas = [bend_profile(rng, m, n, limit_turn) for m, n in zip(lengths, bends)]
     legs = [b.add_leg(reference_line(np.zeros(3), kappas[0]), *lanes[0][:2], shoulder)]
@@ -391,16 +391,17 @@ def build_layout(
 # %% ../../nbs/10_world/10_roads.ipynb #c042
 @patch
 def _add_midblock(self: RoadBuilder, rng, legs: list[Leg]) -> tuple[tuple[int, float], ...]:
-    "Crosswalks away from junctions, on half of the long legs."
+    "Crosswalks away from junctions."
     found = []
     for i, leg in enumerate(legs):
         n = len(leg.line)
-        for at in np.arange(45, n - 35, 95):
-            if rng.random() > .6: continue
-            s = int(at + rng.uniform(0, 40))
-            if s > n - 30: continue
+        for at in np.arange(38, n - 32, 75):
+            if rng.random() > .7: continue
+            s = int(at + rng.uniform(0, 30))
+            if s > n - 28: continue
             left, right = (len(k) * leg.width_m + leg.shoulder_m for k in (leg.backward, leg.forward))
-            self.crosswalks.append(strip(leg.line[[s - 1, s + 2]], left, right))
+            a, b, c, d = strip(leg.line[[s - 1, s + 2]], left, right)
+            self.crosswalks.append(np.stack([d, a, b, c]))  # first edge across the road, as at junctions
             found.append((i, float(s) + .5))
     return tuple(found)
 
@@ -429,6 +430,15 @@ def _candidates(rng, line, left, right, style):
             s += rng.uniform(9, 20)
     return rows
 
+def _overlapping(xy, size, big):
+    "Buildings that reach into an earlier one (as happens at the corners of junctions)."
+    k = np.flatnonzero(big)
+    reach = (size[k, 0] + size[k, 1]) / 4
+    d = np.hypot(xy[k, None, 0] - xy[k, 0], xy[k, None, 1] - xy[k, 1])
+    out = np.zeros(len(xy), bool)
+    out[k] = np.tril(d < .9 * (reach[:, None] + reach), -1).any(1)
+    return out
+
 # %% ../../nbs/10_world/10_roads.ipynb #c045
 def add_props(rng: np.random.Generator, b: RoadBuilder) -> list[Prop]:
     "Buildings, trees, bushes and poles that stand clear of everything paved."
@@ -447,6 +457,7 @@ def add_props(rng: np.random.Generator, b: RoadBuilder) -> list[Prop]:
                            + [np.full(len(p[::2]), 3.5) for p in b.intersections])
     far = np.hypot(pose[:, None, 0] - paved[:, 0], pose[:, None, 1] - paved[:, 1])
     clear = (far - reach - need[:, None]).min(1) > np.where(big, -2.5, -.3)
+    clear &= ~_overlapping(pose[:, :2], size, big & clear)
     z = np.zeros(1)
     return [Prop(r[0], np.concatenate([p[:2], z]), s, float(p[2]), np.asarray(r[4], np.uint8))
             for r, p, s, ok in zip(rows, pose, size, clear) if ok]

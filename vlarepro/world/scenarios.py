@@ -28,14 +28,14 @@ class Mixture:
     "How often what happens."
     light_sudden: float = .40      # the light turns red in front of the ego
     light_release: float = .24     # it is red and turns green
-    walker: float = .85            # somebody stands at a crosswalk ...
+    walker: float = .9            # somebody stands at a crosswalk ...
     walker_crosses: float = .62    # ... and steps out
-    obstacle: float = .34          # a slot on a leg holds an obstacle in the lane
+    obstacle: float = .22          # a slot on a leg holds an obstacle in the lane
     beside: float = .22            # ... or one that stands harmlessly beside it
-    leader: float = .50            # the drive begins behind somebody
-    leader_brakes: float = .40     # a slot behind a leader makes it brake
-    cut_in: float = .35            # a multi-lane leg without a leader has a cut-in
-    standing_start: float = .12
+    leader: float = .55            # the drive begins behind somebody
+    leader_brakes: float = .75     # a slot behind a leader makes it brake
+    cut_in: float = .60            # a multi-lane leg without a leader has a cut-in
+    standing_start: float = .15
 
 MIXTURE = Mixture()
 
@@ -51,6 +51,7 @@ class _Plan:
     detour_agent: list[int] = field(default_factory=list)                    # index into `props` that causes each detour
     s0: float = 0.
     v0: float = 0.
+    waits: bool = False                          # standing at a red light at the start
     speed_mps: float = 0.
     lateral_mps2: float = 2.
 
@@ -75,7 +76,9 @@ def _start(rng: np.random.Generator, layout: Layout, mix: Mixture) -> _Plan:
     plan.speed_mps = layout.limit_mps * rng.uniform(.86, 1.)
     plan.lateral_mps2 = rng.uniform(1.6, 2.5)
     v_ref = speed_profile(base.kappa, plan.speed_mps, plan.lateral_mps2, 1.6)
-    plan.v0 = 0. if rng.random() < mix.standing_start else v_ref[int(plan.s0 / PATH_STEP_M)] * rng.uniform(.7, 1.)
+    if rng.random() > mix.standing_start: plan.v0 = float(v_ref[int(plan.s0 / PATH_STEP_M)]) * rng.uniform(.88, 1.)
+    elif layout.crossings and layout.crossings[0].signals:  # standing at the first lamp, perhaps behind somebody
+        plan.waits, plan.s0 = True, max(4., first_end - STOP_LINE_M - EGO_FRONT_M - 1. - rng.choice([0., 8.]))
     return plan
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c009
@@ -132,8 +135,9 @@ def _lights(rng: np.random.Generator, plan: _Plan, path: Path, mix: Mixture) -> 
         mouth = path.project(lanes[plan.layout.route[2 * i]].centerline[-1, :2])
         u = rng.random()
         mode = 'sudden' if u < mix.light_sudden else 'release' if u < mix.light_sudden + mix.light_release else 'green'
-        if mode == 'sudden': light = Light(mouth - STOP_LINE_M, mode, rng.uniform(1.02, 1.45), rng.uniform(2.5, 7.))
-        else: light = Light(mouth - STOP_LINE_M, mode, rng.uniform(10, 42), rng.uniform(1., 4.))
+        if plan.waits and i == 0: light = Light(mouth - STOP_LINE_M, 'release', 0., rng.uniform(1.5, 8.))
+        elif mode == 'sudden': light = Light(mouth - STOP_LINE_M, mode, rng.uniform(1.02, 1.45), rng.uniform(3., 9.))
+        else: light = Light(mouth - STOP_LINE_M, mode, rng.uniform(10, 42), rng.uniform(1., 5.))
         lights.append(light); which.append(i)
     check_lights(lights)
     return lights, which
@@ -190,7 +194,7 @@ def _leader(rng, plan: _Plan, path: Path, front: float, gap: float, free, mix: M
             lane_path = own.shifted(sideways(len(own.xyh), plan.detours)) if plan.detours else own
             leaves = path.project(lanes[plan.layout.route[2 * i]].centerline[-1, :2]) + 9.
             break
-    speed = plan.speed_mps * (rng.uniform(.35, .5) if 'bicycle' in category else rng.uniform(.72, 1.05))
+    speed = plan.speed_mps * (rng.uniform(.35, .5) if 'bicycle' in category else rng.uniform(.7, 1.))
     v_ref = speed_profile(lane_path.kappa, speed, rng.uniform(1.6, 2.6), 1.6)
     s0 = front + gap + size[0]
     v0 = min(plan.v0 * rng.uniform(.9, 1.1), v_ref[min(int(s0 / PATH_STEP_M), len(v_ref) - 1)])
@@ -222,7 +226,7 @@ def _companions(rng: np.random.Generator, plan: _Plan, path: Path, free: list, m
              and front + 15 < s < plan.legs_s[leg][1] - 35]
     if spots and rng.random() < mix.cut_in: return [_cut_in(rng, plan, path, front, *spots[int(rng.integers(len(spots)))])]
     if rng.random() > mix.leader: return []
-    cars, gap = [], rng.uniform(5, 9) if plan.v0 < 1 else rng.uniform(10, 26)
+    cars, gap = [], rng.uniform(5, 9) if plan.v0 < 1 else rng.uniform(9, 22)
     for _ in range(1 + (rng.random() < .3)):
         cars.append(_leader(rng, plan, path, front, gap, free if not cars else [], mix))
         gap += cars[-1].size[0] + rng.uniform(9, 20)
@@ -368,7 +372,7 @@ def _main_agents(plan: _Plan, run: Drive, cars: list[_Car], people: list[_Person
         rows.append((car.category, car.size, car.color, vehicle_track(car.path, s, v, float(car.size[0]), left), there, (a < -.7) | (v < .2)))
     for person, step in zip(people, run.walk_steps):
         size, color = looks(rng, 'human.pedestrian.adult')
-        track = crossing_track(person.start, person.end, person.speed_mps, step if step is not None and step >= 0 else None)
+        track = crossing_track(person.start, person.end, person.speed_mps, step)
         rows.append(('human.pedestrian.adult', size, color, track, always, ~always))
     for category, pose, _ in plan.props:
         size, color = looks(rng, category)
@@ -403,7 +407,7 @@ def _events(plan: _Plan, path: Path, run: Drive, cars, people, lights, turns, id
         if brake is not None and run.companions[i][0][brake] < car.companion.leaves_s and run.companions[i][0][brake] - run.s[brake] < 45:
             out.append(Event('brake_leader', brake * DT_S, min(20., brake * DT_S + 2. + car.companion.brake_hold_s), ids.get(i)))
     for i, (person, step) in enumerate(zip(people, run.walk_steps)):
-        if step is not None and step >= 0:
+        if step is not None:
             out.append(Event('pedestrian', step * DT_S, min(20., step * DT_S + person.walker.blocks_s), ids.get(len(cars) + i)))
     for d, row in zip(plan.detours, plan.detour_agent):
         if d.begin_s < reached: out.append(Event('obstacle', at(d.begin_s), at(d.end_s), ids.get(len(cars) + len(people) + row)))

@@ -77,7 +77,7 @@ class Road:
     lanes: dict[int, Lane]
     drivable: list[np.ndarray]            # polygons (m, 2) whose union may be driven on [m]
     intersections: list[np.ndarray]       # polygons (m, 2)
-    crosswalks: list[np.ndarray]          # polygons (4, 2)
+    crosswalks: list[np.ndarray]          # polygons (4, 2), the first edge runs across the road
     stop_lines: list[StopLine]
     signals: list[Signal]
     marks: list[tuple[np.ndarray, str]]   # polyline (n, 2), 'dashed' | 'solid' | 'double' | 'edge'

@@ -103,18 +103,16 @@ def sky_panorama(
     return np.concatenate([packed, packed], 1).ravel()
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c013
-def _to_raster(ground: Ground, level: int, pose: np.ndarray) -> np.ndarray:  # (2, 3) float32
-    "Ego x, y, 1 to raster pixels of a mip level."
-    A = ground.affine(level)
-    c, s = np.cos(pose[2]), np.sin(pose[2])
-    return np.c_[A[:, :2] @ np.array([[c, -s], [s, c]]), A[:, :2] @ pose[:2] + A[:, 2]].astype(np.float32)
+def _to_raster(A: np.ndarray, pose: np.ndarray) -> list[list[np.float32]]:  # 2 rows of 3
+    "Ego x, y, 1 to raster pixels, from world x, y, 1 to raster pixels."
+    c, s = float(np.cos(pose[2])), float(np.sin(pose[2]))
+    x, y = float(pose[0]), float(pose[1])
+    return [[np.float32(v) for v in (a * c + b * s, b * c - a * s, a * x + b * y + t)] for a, b, t in A.tolist()]
 
-def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, pose: np.ndarray, haze: np.ndarray) -> None:
+def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray, haze: np.ndarray) -> None:
     "Sample the raster into the lower rows of the three supersampled images."
     for band in view.bands:
-        M = _to_raster(ground, band.level, pose)
-        u = M[0, 0] * band.x + (M[0, 1] * band.y + M[0, 2])
-        v = M[1, 0] * band.x + (M[1, 1] * band.y + M[1, 2])
+        u, v = (a * band.x + (b * band.y + t) for a, b, t in _to_raster(maps[band.level], pose))
         out = cv2.remap(ground.levels[band.level], u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=ground.outside)
         if band.taps > 1: out = cv2.resize(out, (out.shape[1], out.shape[0] // band.taps), interpolation=cv2.INTER_AREA)
         out = out.reshape(len(view.rig), -1, *out.shape[1:])
@@ -124,19 +122,18 @@ def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, pose: np.ndarra
             out = ((out * (256 - w) + np.append(haze, 0).astype(np.uint16) * w) >> 8).astype(np.uint8)
         canvas[:, band.rows] = out
 
-def _ground_labels(view: View, ground: Ground, pose: np.ndarray) -> np.ndarray:  # (3, rows, w)
+def _ground_labels(view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray) -> np.ndarray:  # (3, rows, w)
     "Classes of the bare ground at the pixel centres."
-    M = _to_raster(ground, 0, pose)
     x, y = view.label_xy
-    out = cv2.remap(ground.labels, M[0, 0] * x + (M[0, 1] * y + M[0, 2]), M[1, 0] * x + (M[1, 1] * y + M[1, 2]), cv2.INTER_NEAREST,
-                    borderMode=cv2.BORDER_CONSTANT, borderValue=CLASS_ID['offroad'])
+    u, v = (a * x + (b * y + t) for a, b, t in _to_raster(maps[0], pose))
+    out = cv2.remap(ground.labels, u, v, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=CLASS_ID['offroad'])
     return out.reshape(len(view.rig), -1, out.shape[1])
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c015
 @dataclass(frozen=True)
 class _Polygons:
     "Polygons of one keyframe in the ego frame."
-    xyz: np.ndarray        # (n, 6, 3) [m]
+    xyz: np.ndarray        # (3, 6, n) coordinate, vertex, polygon [m]
     index: np.ndarray      # (n,) row in Shapes
     distance: np.ndarray   # (n,) of the item [m]
     rgb: np.ndarray        # (n, 3) lit and hazed
@@ -164,22 +161,21 @@ def _polygons(scene: Scene, shapes: Shapes, view: View, step: int, sun: np.ndarr
     rel = xy - [x0, y0]
     ex, ey = c * rel[:, 0] + s * rel[:, 1], -s * rel[:, 0] + c * rel[:, 1]
     distance = np.hypot(ex - 1.6, ey)
-    keep = valid & (distance < FAR_M) & (ex > -12.)
+    eyes = np.stack([camera.translation for camera in view.rig])
+    scale = np.where(shapes.signal >= 0, lamp_diameter_m(distance), 1.)
+    keep = valid & (distance < FAR_M) & (ex + scale * shapes.radius > eyes[:, 0].min())
     index = np.flatnonzero(keep[shapes.item] & ((shapes.when == ALWAYS) | (shapes.when == state[shapes.item])) & (shapes.reach > distance[shapes.item]))
     item = shapes.item[index]
     angle = np.where(shapes.billboard, np.arctan2(-ey, 1.6 - ex), yaw - heading)
-    scale = np.where(shapes.signal >= 0, lamp_diameter_m(distance), 1.)[item][:, None]
-    ca, sa = np.cos(angle)[item][:, None] * scale, np.sin(angle)[item][:, None] * scale
-    L = shapes.local[index]
-    xyz = np.stack([ex[item][:, None] + ca * L[..., 0] - sa * L[..., 1], ey[item][:, None] + sa * L[..., 0] + ca * L[..., 1], shapes.xyz[item, 2][:, None] + scale * L[..., 2]], -1)
-    normal = np.cross(xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 1])
-    normal /= np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-9)
-    eyes = np.stack([camera.translation for camera in view.rig])
-    faces_us = (normal @ eyes.T > (normal * xyz[:, 0]).sum(-1, keepdims=True)).any(-1) | shapes.two_sided[index]
-    some = np.flatnonzero(faces_us & (xyz[..., 0].max(-1) > eyes[:, 0].min()))
-    xyz, index, item, normal = xyz[some], index[some], item[some], normal[some]
+    ca, sa, (lx, ly, lz) = (np.cos(angle) * scale)[item], (np.sin(angle) * scale)[item], shapes.local[:, :, index]
+    xyz = np.stack([ex[item] + ca * lx - sa * ly, ey[item] + sa * lx + ca * ly, shapes.xyz[item, 2] + scale[item] * lz])
+    (ax, ay, az), (bx, by, bz) = xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 1]
+    normal = np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
+    some = np.flatnonzero(((eyes @ normal > (normal * xyz[:, 0]).sum(0)).any(0) | shapes.two_sided[index]) & (xyz[0].max(0) > eyes[:, 0].min()))
+    xyz, index, item, normal = xyz[:, :, some], index[some], item[some], normal[:, some]
     sun_ego = np.array([c * sun[0] + s * sun[1], -s * sun[0] + c * sun[1], sun[2]])
-    shade = np.where(shapes.billboard[item], .92, .70 + .38 * np.clip(normal @ sun_ego, 0, 1))
+    facing = (sun_ego[:, None] * normal).sum(0) / np.maximum(np.sqrt((normal * normal).sum(0)), 1e-9)
+    shade = np.where(shapes.billboard[item], .92, .70 + .38 * np.clip(facing, 0, 1))
     glow, d = shapes.glow[index], distance[item]
     lit = shapes.rgb[index] * np.where(glow, 1., shade * scene.light)[:, None]
     fog = np.where(glow, 0, 1 - np.exp(-d / HAZE_M))[:, None]
@@ -222,7 +218,7 @@ def _project(polygons: _Polygons, shapes: Shapes, view: View) -> _Projected:
     R = np.stack([c.rotation for c in view.rig])[:, :, :, None, None]   # camera, row, column
     t = np.stack([c.translation for c in view.rig])[:, :, None, None]
     K, (w, h) = view.rig[0].intrinsic, view.rig[0].size
-    dx, dy, dz = (np.ascontiguousarray(polygons.xyz[..., i].T) - t[:, i] for i in range(3))
+    dx, dy, dz = (polygons.xyz[i] - t[:, i] for i in range(3))
     x, y, z = (dx * R[:, 0, j] + dy * R[:, 1, j] + dz * R[:, 2, j] for j in range(3))
     (ex, ey, ez), (gx, gy, gz) = ([a[:, i + 1] - a[:, i] for a in (x, y, z)] for i in (0, 1))
     nx, ny, nz = ey * gz - ez * gy, ez * gx - ex * gz, ex * gy - ey * gx
@@ -230,14 +226,16 @@ def _project(polygons: _Polygons, shapes: Shapes, view: View) -> _Projected:
     nearest, farthest = z.min(1), z.max(1)
     whole, some = nearest > NEAR_M, farthest > NEAR_M
     safe = np.where(z > NEAR_M, z, 1.)
-    u, v = K[0, 0] * x / safe + K[0, 2], K[1, 1] * y / safe + K[1, 2]
-    inside = (u.max(1) > 0) & (u.min(1) < w) & (v.max(1) > 0) & (v.min(1) < h)
-    visible = some & (inside | ~whole) & ((offset < 0) | shapes.two_sided[polygons.index])
+    px, py = K[0, 0] * x, K[1, 1] * y
+    u, v = px / safe + K[0, 2], py / safe + K[1, 2]
+    inside = ((px + K[0, 2] * z).max(1) > 0) & ((px - (w - K[0, 2]) * z).min(1) < 0) & ((py + K[1, 2] * z).max(1) > 0) & ((py - (h - K[1, 2]) * z).min(1) < 0)
+    tiny = whole & (shapes.label[polygons.index] < 0) & (np.ptp(u, 1) * np.ptp(v, 1) < .35)
+    visible = some & inside & ~tiny & ((offset < 0) | shapes.two_sided[polygons.index])
     plane = np.stack([nx / K[0, 0], ny / K[1, 1], nz - nx * (K[0, 2] / K[0, 0]) - ny * (K[1, 2] / K[1, 1])], 1) / np.where(np.abs(offset) < 1e-9, -1e-9, offset)[:, None]
     cut = {}
     for c, n in zip(*(a.tolist() for a in np.nonzero(visible & ~whole))):
         uv = _clipped(np.stack([x[c, :, n], y[c, :, n], z[c, :, n]], -1)[:shapes.count[polygons.index[n]]], K)
-        visible[c, n] = len(uv) > 2 and uv[:, 0].max() > 0 and uv[:, 0].min() < w and uv[:, 1].max() > 0 and uv[:, 1].min() < h
+        visible[c, n] = len(uv) > 2
         cut[c, n] = _fixed(uv)
     return _Projected(visible, _fixed(np.stack([u, v], -1)), plane, np.maximum(nearest, NEAR_M), farthest, cut)
 
@@ -308,8 +306,8 @@ def render_scene(
     chosen = np.arange(len(steps)) if keyframes is None else np.asarray(keyframes, int)
     if chosen.size and not (0 <= chosen.min() and chosen.max() < len(steps)): raise ValueError(f"expected keyframes in 0..{len(steps) - 1}, got {chosen.tolist()}")
     view, ground, (w, h), s = camera_view(tuple(size)), ground_raster(scene), size, SUPERSAMPLE
-    A = ground.affine()
-    on_road = lambda p: ground.labels[tuple(np.clip(np.rint(A @ [*p, 1.])[::-1].astype(int), 0, np.array(ground.labels.shape) - 1))] != CLASS_ID['offroad']
+    maps = [ground.affine(level) for level in range(len(ground.levels))]
+    on_road = lambda p: ground.labels[tuple(np.clip(np.rint(maps[0] @ [*p, 1.])[::-1].astype(int), 0, np.array(ground.labels.shape) - 1))] != CLASS_ID['offroad']
     shapes, panorama, haze, sun = scene_shapes(scene, on_road), sky_panorama(scene, view.horizon), _haze(scene), _sun(scene)
     noise, shift = _noise(h, w), rng('noise', scene.texture_seed).integers([128, 64], size=(len(steps), 2))
     k = len(chosen)
@@ -319,8 +317,8 @@ def render_scene(
     for i, frame in enumerate(chosen):
         pose = scene.ego[steps[frame], :3]
         sky[:] = panorama.take(view.sky_index + int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS)
-        _draw_ground(canvas, view, ground, pose, haze)
-        out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, pose)
+        _draw_ground(canvas, view, ground, maps, pose, haze)
+        out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, maps, pose)
         polygons = _polygons(scene, shapes, view, steps[frame], sun, haze)
         if len(polygons.index):
             proj, faces = _project(polygons, shapes, view), np.zeros((3, h, w), np.uint16)

@@ -234,18 +234,19 @@ def building(p: Parts, index: int, prop) -> None:
     glass, floors = np.array([58, 70, 88]) * gen.uniform(.7, 1.5), int(np.clip(h // 3.2, 1, 4))
     parts = [(0, 1, 0, 1), (0, 1, 0, .9 / h), (0, 1, 1 - .5 / h, 1)]
     parts += [(u, u + .3, (k + .38) / floors, (k + .8) / floors) for k in range(floors) for u in (.14, .56)]
-    W, reach = np.array([_weights(*q) for q in parts]), [FAR_M, 55., 70.] + [48.] * (2 * floors)
+    W, reach = np.array([_weights(*q) for q in parts]), [FAR_M, 50., 60.] + [45.] * (2 * floors)
     c, s = np.cos(prop.yaw_rad), np.sin(prop.yaw_rad)
     for name, f in box_faces((-l / 2, l / 2, -w / 2, w / 2), 0, h).items():
         if name == 'top': continue
         n = max(1, round(float(np.hypot(*(f[1] - f[0])[:2])) / 5))
         tones, panes = gen.uniform(.82, 1.16, n), gen.uniform(.7, 1.4, (n, 2 * floors))
-        for i in range(n):
-            panel = np.array(_weights(i / n, (i + 1) / n, 0, 1)) @ f
-            x, y, _ = panel.mean(0)
+        panels = np.array([_weights(i / n, (i + 1) / n, 0, 1) for i in range(n)]) @ f
+        centres = panels.mean(1) * [1, 1, 0]
+        quads = W @ (panels - centres[:, None])[:, None]                     # panel, part, corner, xyz
+        rgb = np.concatenate([tones[:, None, None] * base * [[1.], [.62], [.8]], panes[..., None] * glass], 1)
+        for (x, y, _), q, colours in zip(centres.tolist(), quads, rgb):
             p.open('prop', index, (prop.xyz[0] + c * x - s * y, prop.xyz[1] + s * x + c * y, prop.xyz[2]), prop.yaw_rad, 'building')
-            rgb = np.concatenate([base * tones[i] * np.array([[1.], [.62], [.8]]), glass * panes[i][:, None]])
-            p.panel(W @ (panel - [x, y, 0]), rgb, reach)
+            p.panel(q, colours, reach)
 
 def plant(p: Parts, index: int, prop) -> None:
     "A tree (trunk and three crowns) or a bush."
@@ -271,7 +272,7 @@ def pole(p: Parts, index: int, prop) -> None:
 @dataclass(frozen=True)
 class Shapes:
     "All polygons of a scene and the items that they belong to."
-    local: Float[np.ndarray, "n 6 3"]     # vertices in the item's frame [m]
+    local: Float[np.ndarray, "3 6 n"]     # vertices in the item's frame: coordinate, vertex, polygon [m]
     count: Int[np.ndarray, " n"]          # vertices that differ
     item: Int[np.ndarray, " n"]
     rgb: Float[np.ndarray, "n 3"]
@@ -287,6 +288,7 @@ class Shapes:
     instance: Int[np.ndarray, " i"]       # agent id or -1
     agent: Int[np.ndarray, " i"]          # position in scene.agents or -1
     signal: Int[np.ndarray, " i"]         # position in road.signals, for heads only, or -1
+    radius: Float[np.ndarray, " i"]       # on the ground, around the item's position [m]
 
 _VEHICLES = {'car': car, 'truck': truck, 'bus': truck, 'trailer': truck, 'construction': truck, 'emergency': truck}
 
@@ -313,9 +315,11 @@ def shapes_table(p: Parts) -> Shapes:
     index_of = lambda source: np.array([it[1] if it[0] == source else -1 for it in items], int)
     f = lambda a, kind, shape=(-1,): np.array(a, kind).reshape(shape)
     local = np.concatenate(p.local).astype(np.float32) if p.local else np.zeros((0, N_VERTICES, 3), np.float32)
-    return Shapes(local, f(p.count, int), f(p.item, int), f(p.rgb, np.float32, (-1, 3)), f(p.label, int), f(p.when, int),
+    radius = np.zeros(len(items))
+    np.maximum.at(radius, p.item, np.hypot(local[..., 0], local[..., 1]).max(1))
+    return Shapes(np.ascontiguousarray(local.T), f(p.count, int), f(p.item, int), f(p.rgb, np.float32, (-1, 3)), f(p.label, int), f(p.when, int),
                   f(p.reach, np.float32), f(p.glow, bool), f(p.two_sided, bool), f(p.bias, np.float32), np.array([it[2:5] for it in items], float).reshape(-1, 3),
-                  column(5, float), column(6, bool), column(7, int), index_of('agent'), index_of('signal'))
+                  column(5, float), column(6, bool), column(7, int), index_of('agent'), index_of('signal'), radius)
 
 def scene_shapes(
     scene: Scene,

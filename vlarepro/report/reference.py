@@ -94,7 +94,7 @@ def check_claim(
 # %% ../../nbs/90_report/10_reference.ipynb #c016
 def _read(path: Path) -> list:
     "Read one YAML list."
-    try: d = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try: d = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as e: raise ValueError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(d, list): raise ValueError(f"{path}: expected a list, got {type(d).__name__}")
     return d

@@ -55,21 +55,21 @@ def bootstrap(
     order = np.argsort(index, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(index))[:-1])
     n_seeds = sorted({len(v) for v in arms.values()})
-    draws, stretch = np.empty(n), _seed_stretch(n_seeds, level)
+    value, draws = float(statistic(arms)), np.empty((2, n))
     for b in range(n):
-        pick = np.concatenate([members[c] for c in rng.integers(n_clusters, size=n_clusters)])
+        pick = np.concatenate([members[c] for c in rng.integers(n_clusters, size=n_clusters - 1)])
         scenes = {a: v[:, pick] for a, v in arms.items()}
-        draws[b] = statistic(scenes)
+        draws[:, b] = statistic(scenes)
         if n_seeds[-1] > 1:
             rows = {s: rng.integers(s, size=max(s - 1, 1)) for s in n_seeds}
-            draws[b] += stretch * (statistic({a: v[rows[len(v)]] for a, v in scenes.items()}) - draws[b])
-    return _interval(float(statistic(arms)), draws, level)
+            draws[1, b] = statistic({a: v[rows[len(v)]] for a, v in scenes.items()})
+    return _interval(value, _stretched(value, *draws, n_clusters, n_seeds, level), level)
 
 
-def _seed_stretch(n_seeds: list[int], level: float) -> float:
-    "Student's factor for the seeds' part of a draw, by the arm with the fewest seeds above one."
-    several = [s for s in n_seeds if s > 1]
-    return float(stats.t.ppf((1 + level) / 2, min(several) - 1) / stats.norm.ppf((1 + level) / 2)) if several else 1.0
+def _stretched(value: float, scenes: np.ndarray, both: np.ndarray, n_clusters: int, n_seeds: list[int], level: float) -> np.ndarray:
+    "Draws with the scenes' part and the seeds' part each stretched by Student's factor; the arm with the fewest seeds above one decides."
+    def student(m): return stats.t.ppf((1 + level) / 2, m - 1) / stats.norm.ppf((1 + level) / 2)
+    return value + student(n_clusters) * (scenes - value) + student(min((s for s in n_seeds if s > 1), default=np.inf)) * (both - scenes)
 
 
 def _interval(value: float, draws: np.ndarray, level: float) -> Interval:
@@ -98,7 +98,7 @@ def bootstrap_means(
     stray = sorted(set(subset) - set(arms))
     if stray: raise KeyError(f"subset names no arm {stray[0]!r}: {nearest(stray[0], arms)}")
     n_seeds = sorted({len(v) for v in arms.values()})
-    scenes = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n).astype(np.float64)
+    scenes = rng.multinomial(n_clusters - 1, np.full(n_clusters, 1 / n_clusters), size=n).astype(np.float64)
     seeds = {s: rng.multinomial(max(s - 1, 1), np.full(s, 1 / s), size=n) / max(s - 1, 1) for s in n_seeds}
     value, draws, all_seeds = {}, {}, {}
     for a, v in arms.items():
@@ -107,10 +107,9 @@ def bootstrap_means(
         total, count = _group_sums(v * keep, index, n_clusters), np.bincount(index, keep, n_clusters)
         with np.errstate(invalid="ignore"): per_seed = (scenes @ total.T) / (scenes @ count)[:, None]
         value[a], draws[a], all_seeds[a] = v[:, keep].mean(), (per_seed * seeds[len(v)]).sum(-1), per_seed.mean(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        out = np.asarray(statistic(all_seeds), np.float64)
-        out = out + _seed_stretch(n_seeds, level) * (np.asarray(statistic(draws), np.float64) - out)
-    return _interval(float(statistic(value)), np.broadcast_to(out, (n,)), level)
+    v0 = float(statistic(value))
+    with np.errstate(invalid="ignore", divide="ignore"): by_scene, both = (np.broadcast_to(np.asarray(statistic(d), np.float64), (n,)) for d in (all_seeds, draws))
+    return _interval(v0, _stretched(v0, by_scene, both, n_clusters, n_seeds, level), level)
 
 # %% ../../nbs/30_scoring/60_statistics.ipynb #c013
 def mean_of(a: str) -> Callable:

@@ -44,7 +44,7 @@ class Companion:
     length_m: float
     v_ref: np.ndarray        # planned speed along its path (same arc length as the ego's until it leaves)
     driver: Driver
-    leaves_s: float = 1e9    # arc length at which it leaves the ego's way
+    leaves_s: float = 1e9    # arc length at which its way is clear of the ego's
     brake_at: float = 1e9    # it brakes when the ego's front is here and within 30 m behind [m]
     brake_to: float = 0.     # down to this speed
     brake_hold_s: float = 2.
@@ -178,7 +178,7 @@ def _leader(front: float, cars: list, late: int) -> tuple[float, float]:
     gap, speed = 1e9, 0.
     for c in cars:
         room = c.s - c.c.length_m - front
-        if c.in_lane and c.s < c.c.leaves_s and -1 < room < gap: gap, speed = room, c.V[-1 - min(late, len(c.V) - 1)]
+        if c.in_lane and c.s - c.c.length_m < c.c.leaves_s and -1 < room < gap: gap, speed = room, c.V[-1 - min(late, len(c.V) - 1)]
     return gap, speed
 
 # %% ../../nbs/10_world/30_expert.ipynb #c017

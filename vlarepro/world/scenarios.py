@@ -85,7 +85,8 @@ def _start(rng: np.random.Generator, layout: Layout, mix: Mixture) -> _Plan:
 def _obstacle(rng: np.random.Generator, plan: _Plan, leg: int, at: float) -> None:
     "Block part of the lane at `at` metres along a leg, and plan the way around."
     lane = _lane_left(plan, leg)
-    kind = rng.choice(['car', 'truck', 'cones', 'barrier'], p=[.45, .15, .25, .15])
+    outer = plan.layout.ego_index[leg] == len(plan.layout.legs[leg].forward) - 1  # nobody parks on an inner lane
+    kind = rng.choice(['car', 'truck', 'cones', 'barrier'], p=[.5, .15, .2, .15] if outer else [0., 0., .6, .4])
     half = {'car': .95, 'truck': 1.22, 'cones': .2, 'barrier': 1.1}[kind]
     edge = rng.uniform(-.75, .25)                    # left edge of the obstacle from the lane centre
     length = {'car': 4.6, 'truck': 7.2, 'cones': 7., 'barrier': .6}[kind]
@@ -119,6 +120,7 @@ def _slots(rng: np.random.Generator, plan: _Plan, mix: Mixture) -> list[tuple[in
         s = begin + rng.uniform(18, 45)
         while s < end - 12:
             u = rng.random()
+            if any(k == leg and abs(at - (s - begin)) < 16 for k, at in plan.layout.midblock): u = 1.  # keep crosswalks free
             if u < mix.obstacle: _obstacle(rng, plan, leg, s - begin)
             elif u < mix.obstacle + mix.beside: _beside(rng, plan, leg, s - begin)
             else: free.append((leg, s))
@@ -152,13 +154,14 @@ class _Person:
 
 def _people(rng: np.random.Generator, plan: _Plan, path: Path, mix: Mixture) -> list[_Person]:
     "Who stands at the crosswalks away from junctions."
-    out = []
+    out, shift = [], sideways(len(plan.base.xyh), plan.detours)
+    grid = np.arange(len(shift)) * PATH_STEP_M
     for leg, at in plan.layout.midblock:
         if rng.random() > mix.walker: continue
         road = plan.layout.legs[leg]
         w, n_f, n_b = road.width_m, len(road.forward), len(road.backward)
         right, left = -(n_f * w + road.shoulder_m + .7), n_b * w + road.shoulder_m + .7
-        lane = _lane_left(plan, leg)
+        lane = _lane_left(plan, leg) + float(np.interp(plan.legs_s[leg][0] + at, grid, shift))
         speed = rng.uniform(1.3, 2.1)
         to_clear = {'right': lane - right + w / 2 + .6, 'left': left - lane + w / 2 + .6}
         side = 'right' if rng.random() < .6 or to_clear['left'] / speed > 6.5 else 'left'
@@ -191,8 +194,11 @@ def _leader(rng, plan: _Plan, path: Path, front: float, gap: float, free, mix: M
             k = c.other_out[rng.integers(len(c.other_out))]
             ids = (*plan.layout.route[:2 * i + 1], k, lanes[k].successors[0])
             own = make_path([lanes[j].centerline for j in ids])
-            lane_path = own.shifted(sideways(len(own.xyh), plan.detours)) if plan.detours else own
-            leaves = path.project(lanes[plan.layout.route[2 * i]].centerline[-1, :2]) + 9.
+            before = [d for d in plan.detours if d.end_s < plan.legs_s[i][1] + 8]
+            lane_path = own.shifted(sideways(len(own.xyh), before)) if before else own
+            n = min(len(lane_path.xyh), len(path.xyh))
+            apart = np.hypot(*(lane_path.xyh[:n, :2] - path.xyh[:n, :2]).T) > 2.9
+            leaves = float(np.argmax(apart)) * PATH_STEP_M if apart.any() else 1e9
             break
     speed = plan.speed_mps * (rng.uniform(.35, .5) if 'bicycle' in category else rng.uniform(.7, 1.))
     v_ref = speed_profile(lane_path.kappa, speed, rng.uniform(1.6, 2.6), 1.6)
@@ -223,7 +229,7 @@ def _companions(rng: np.random.Generator, plan: _Plan, path: Path, free: list, m
     turns = [c.turn != 'straight' for c in plan.layout.crossings]
     reachable = turns.index(True) + 1 if True in turns else len(turns) + 1  # legs before the first turn
     spots = [(leg, s) for leg, s in free if leg < reachable and len(plan.layout.legs[leg].forward) > 1
-             and front + 15 < s < plan.legs_s[leg][1] - 35]
+             and front + 15 < s < plan.legs_s[leg][1] - 35 and all(d.begin_s > s + 40 for d in plan.detours)]
     if spots and rng.random() < mix.cut_in: return [_cut_in(rng, plan, path, front, *spots[int(rng.integers(len(spots)))])]
     if rng.random() > mix.leader: return []
     cars, gap = [], rng.uniform(5, 9) if plan.v0 < 1 else rng.uniform(9, 22)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['N_BINS', 'TALL_M', 'SIGHT_M', 'NAMES', 'STATUSES', 'SECTORS', 'ASK_M', 'ASK_RAD', 'ASK_VISIBLE', 'WORDS', 'QA_TYPES',
-           'CAUSES', 'DECISIONS', 'NUMBERS', 'PLACES', 'directions_covered', 'Observed', 'agent_status', 'observe',
-           'sector', 'Thing', 'things', 'noun', 'Dice', 'Group', 'group', 'ask_exist', 'ask_count', 'ask_object',
-           'ask_status', 'ask_comparison', 'questions', 'light_ahead', 'decision', 'active_events', 'explain', 'inside',
-           'caption', 'scene_language']
+           'CAUSES', 'DECISIONS', 'EFFECTS', 'NUMBERS', 'PLACES', 'directions_covered', 'Observed', 'agent_status',
+           'observe', 'sector', 'Thing', 'things', 'noun', 'Dice', 'Group', 'group', 'ask_exist', 'ask_count',
+           'ask_object', 'ask_status', 'ask_comparison', 'questions', 'light_ahead', 'decision', 'active_events',
+           'explain', 'inside', 'caption', 'scene_language']
 
 # %% ../../nbs/10_world/60_language.ipynb #c003
 from dataclasses import dataclass
@@ -297,7 +297,10 @@ CAUSES = {'cut_in': ('a car cuts in from the {side}', 'another car moves into th
 DECISIONS = {'wait': ('wait', 'stay stopped', 'remain standing'), 'stop': ('stop', 'come to a halt', 'brake to a stop'),
              'brake': ('slow down', 'brake', 'reduce speed'), 'start': ('start moving', 'set off', 'pull away'),
              'accelerate': ('speed up', 'accelerate', 'gain speed'), 'keep': ('keep its speed', 'carry on', 'continue at this speed'),
-             'turn left': ('turn left', 'take the left turn'), 'turn right': ('turn right', 'take the right turn')}
+             'turn left': ('turn left', 'take the left turn'), 'turn right': ('turn right', 'take the right turn'),
+             'pass': ('steer around it', 'pass it with room to spare', 'go round it')}
+_SLOW, _TURN = ('wait', 'stop', 'brake'), ('brake', 'turn left', 'turn right')
+EFFECTS = {'cut_in': _SLOW, 'brake_leader': _SLOW, 'pedestrian': _SLOW, 'red_light': _SLOW, 'obstacle': (*_SLOW, 'keep', 'accelerate'), 'turn': _TURN}  # what a cause can explain
 
 def active_events(
     scene: Scene,
@@ -324,7 +327,9 @@ def explain(
 ) -> dict:              # text, decision, cause, pieces [[text, 'routine' | 'commitment'], ...]
     "Why the ego does what it does: a short chain of causation."
     step = int(seen.step[k])
-    act, events, lamp = decision(scene, step), active_events(scene, step), light_ahead(scene, step)
+    act, lamp = decision(scene, step), light_ahead(scene, step)
+    events = [e for e in active_events(scene, step) if act in EFFECTS[e.kind]]
+    if events and events[0].kind == 'obstacle' and act not in _SLOW: act = 'pass'
     who = dice.pick(('The ego car', 'The car', 'The vehicle'))
     pieces = [[f'{who} {_motion(scene, step)}.', 'routine']]
     cause = events[0].kind if events else ''

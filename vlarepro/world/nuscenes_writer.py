@@ -288,7 +288,7 @@ def mask_png(
 LIST_LAYERS = ('polygon', 'line', 'node', 'drivable_area', 'road_segment', 'road_block', 'lane', 'ped_crossing', 'walkway', 'stop_line',
                'carpark_area', 'road_divider', 'lane_divider', 'traffic_light', 'lane_connector')
 DICT_LAYERS = ('arcline_path_3', 'connectivity')
-ARC_M = 6           # length of one arc [m]
+ARC_M = 8           # length of one arc [m]
 
 class Layers:
     "Collects the map layers of one scene."
@@ -338,11 +338,14 @@ def arcs(
                         segment_length=[0., round(length, 4), 0.] if straight else [round(length, 4), 0., 0.]))
     return out
 
-def bend_nodes(line: Float[np.ndarray, "n 3"]) -> np.ndarray:  # indices worth keeping
-    "Both ends, and every second point where the line bends."
-    n = len(line)
-    if np.ptp(line[:, 2]) < 1e-3: return np.array([0, n - 1])
-    return np.unique(np.append(np.arange(0, n, 2), n - 1))
+def bend_nodes(
+    line: Float[np.ndarray, "n 3"],
+    off_m: float = .05,              # largest distance of a chord from its arc
+) -> np.ndarray:                     # indices worth keeping
+    "Both ends, and as many points between as the sharpest bend needs."
+    n, kappa = len(line), np.abs(np.diff(line[:, 2])).max()
+    step = int(np.clip(np.sqrt(8 * off_m / max(kappa, 1e-9)), 1, n))
+    return np.unique(np.append(np.arange(0, n, step), n - 1))
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c042
 def _add_lanes(m: Layers, scene: Scene) -> dict[int, str]:

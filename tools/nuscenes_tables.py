@@ -1,6 +1,7 @@
 """Write nuScenes v1.0 tables (the 13 json files) from plain records; shared by the adapters in this folder."""
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 TABLES = ("category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene", "sample",
@@ -61,11 +62,14 @@ class Tables:
         from PIL import Image
         root = Path(root)
         if (root / version).exists(): raise SystemExit(f"{root / version} exists already: give a new folder or delete it")
-        (root / version).mkdir(parents=True)
+        tmp = root / f".{version}.part"                       # renamed at the end: no half-written version folder
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
         for m in self.rows["map"]:
             p = root / m["filename"]
             p.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(p)
-        for t, rows in self.rows.items(): (root / version / f"{t}.json").write_text(json.dumps(rows), encoding="utf-8")
-        if splits: (root / version / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
+        for t, rows in self.rows.items(): (tmp / f"{t}.json").write_text(json.dumps(rows), encoding="utf-8")
+        if splits: (tmp / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
         (root / "README.md").write_text(readme, encoding="utf-8")
+        tmp.rename(root / version)

@@ -32,7 +32,7 @@ GAP_S = 0.75                                           # two keyframes further a
 
 
 def rotations(
-    q: Float[np.ndarray, "*n 4"],     # quaternions w, x, y, z
+    q: "np.ndarray | list",           # (*n, 4) quaternions w, x, y, z
 ) -> Float[np.ndarray, "*n 3 3"]:     # rotation matrices
     "Rotation matrices of quaternions, many at once."
     w, x, y, z = np.moveaxis(np.asarray(q, float) / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)

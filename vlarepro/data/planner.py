@@ -61,9 +61,9 @@ def build(
 
 # %% ../../nbs/20_data/10_planner.ipynb #c009
 def arc_path(
-    v_x: Float[np.ndarray, "*b"],       # forward speed of the rear axle [m/s]
-    v_y: Float[np.ndarray, "*b"],       # leftward speed [m/s]
-    yaw_rate: Float[np.ndarray, "*b"],  # [rad/s]
+    v_x: "np.ndarray | float",       # (*b) forward speed of the rear axle [m/s]
+    v_y: "np.ndarray | float",       # (*b) leftward speed [m/s]
+    yaw_rate: "np.ndarray | float",  # (*b) [rad/s]
     t_s: Float[np.ndarray, " t"],       # times from now, of either sign [s]
     point_x_m=0.0,                      # the point whose path is wanted, ahead of the rear axle, scalar or (*b) [m]
 ) -> Float[np.ndarray, "*b t 3"]:       # x, y, heading of that point, in its own frame at now

@@ -54,7 +54,7 @@ class Sample:
     future: Float[np.ndarray, "t 3"]                # 0.5 s, 1 s, ... ahead [m, m, rad]
     future_valid: Bool[np.ndarray, " t"]
     boxes: Float[np.ndarray, "7 n 6"]               # BOX_COLUMNS now, in 0.5 s, ... 3 s, all in the frame of now; NaN rows = none
-    images: UInt8[np.ndarray, "f v 3 h w"] | None = None  # oldest frame first; None when not read
+    images: UInt8[np.ndarray, "f v 3 height width"] | None = None  # oldest frame first; None when not read
     image_valid: Bool[np.ndarray, "f v"] | None = None    # False for a view that the data lack
     map: str = ""                                   # location of the map
     texts: dict = field(default_factory=dict)       # captions, questions, traces by name

@@ -12,15 +12,16 @@ import io
 import matplotlib
 import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 
 from .reference import PAPER_NAMES, PAPERS, load_claims
-from .claims import NOT_RUN, VERDICTS, list_claims, verdict
+from .claims import NOT_RUN, VERDICTS, list_claims, rejudge
 
 # %% ../../nbs/90_report/40_figures.ipynb #c006
 COLORS = {"reproduced": "#00795a", "not reproduced": "#c04a00", "inconclusive": "#a87500", NOT_RUN: "#7d8896"}
 SIGNS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "~", NOT_RUN: "○"}
-_INK, _MUTED, _GRID, _SIDE, _PAPER, _OURS = "#26323d", "#6b7884", "#d8dde3", "#e3edf4", "#9aa7b4", "#2f6690"
-_DARK = {_INK: "#e4e8ec", _MUTED: "#a3aeb9", _GRID: "#3a444e", _SIDE: "#24333f", _PAPER: "#7f8c99", _OURS: "#6fa8d6",
+_INK, _MUTED, _GRID, _SIDE, _PAPER, _OURS = "#26323d", "#6b7884", "#d8dde3", "#e3edf4", "#7c8997", "#2f6690"
+_DARK = {_INK: "#e4e8ec", _MUTED: "#a3aeb9", _GRID: "#3a444e", _SIDE: "#24333f",
          "#00795a": "#35b98f", "#c04a00": "#f0803c", "#a87500": "#e0ac33", "#7d8896": "#8b96a3"}
 _RC = {"svg.hashsalt": "vlarepro", "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _GRID, "axes.labelcolor": _MUTED, "text.color": _INK,
        "xtick.color": _MUTED, "ytick.color": _INK, "grid.color": _GRID, "axes.linewidth": 0.8, "font.family": "sans-serif",
@@ -69,6 +70,9 @@ def _span(values: list) -> tuple[float, float]:
     return lo - air, hi + air
 
 
+_BAND = ("equivalent", "descriptive")
+
+
 def claim_strip(
     e: dict,                    # an entry of list_claims with an effect
     width_in: float = 3.9,      # [inch]
@@ -76,11 +80,11 @@ def claim_strip(
     "Draw one claim: threshold, claim's side, interval, effect, the paper's effect."
     lo, hi = e["interval"] or (e["effect"], e["effect"])
     t, m, paper = e["threshold"], e["margin"], e["paper_effect"]
-    marks = [t] if e["kind"] != "equivalent" else [t - m, t + m]
+    marks = [t] if e["kind"] not in _BAND else [t - m, t + m]
     left, right = _span([lo, hi, e["effect"], *marks, *([paper] if paper is not None else [])])
     with style():
         fig, ax = plt.subplots(figsize=(width_in, 0.78))
-        side = (t - m, t + m) if e["kind"] == "equivalent" else None if e["kind"] == "exact" else (t, right)
+        side = (t - m, t + m) if e["kind"] in _BAND else None if e["kind"] == "exact" else (t, right)
         if side: ax.axvspan(*side, color=_SIDE, lw=0)
         for x in marks: ax.axvline(x, color=_MUTED, lw=1.0, ls=(0, (3, 2)))
         color = COLORS[e["verdict"]]
@@ -99,7 +103,7 @@ def claim_alt(e: dict) -> str:
     "Say in words what a claim's strip shows."
     band = f" [{num(e['interval'][0])}, {num(e['interval'][1])}]" if e["interval"] else ""
     paper = f"; the paper's effect is {num(e['paper_effect'])}" if e["paper_effect"] is not None else ""
-    line = f"within {num(e['margin'])} of {num(e['threshold'])}" if e["kind"] == "equivalent" else f"threshold {num(e['threshold'])}"
+    line = f"within {num(e['margin'])} of {num(e['threshold'])}" if e["kind"] in _BAND else f"threshold {num(e['threshold'])}"
     return f"Claim {e['id']}: effect {num(e['effect'])}{band} {e['unit']}, {line}{paper}: {e['verdict']}."
 
 # %% ../../nbs/90_report/40_figures.ipynb #c015
@@ -128,7 +132,7 @@ def table_bars(
         fig, axes = plt.subplots(1, 1 + both, figsize=(7.2, 0.55 + 0.3 * len(rows)), sharey=True, squeeze=False)
         for ax, values, color, title in zip(axes[0][::-1], (ours, paper), (_OURS, _PAPER), (f"reproduced ({profile})", "paper"), strict=False):
             x = [v["value"] if isinstance(v, dict) else (v or 0) for v in values]
-            sns.barplot(x=x, y=list(range(len(x))), orient="h", color=color, saturation=1, width=0.62, ax=ax)
+            sns.barplot(x=x, y=list(range(len(x))), orient="h", color=color, saturation=1, width=0.62, linewidth=0, ax=ax)
             if ax is axes[0][-1]:
                 for i, v in enumerate(ours):
                     if v.get("low") is not None: ax.plot([v["low"], v["high"]], [i, i], color=_INK, lw=1.4)
@@ -137,6 +141,7 @@ def table_bars(
                 ax.annotate(label, (0, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color="white" if values[i] is not None and v else _MUTED)
             ax.set_title(title, fontsize=9, loc="left", color=_MUTED)
             ax.set_yticks(range(len(names)), names)
+            ax.xaxis.set_major_locator(MaxNLocator(4)); ax.margins(x=0.12)
             ax.tick_params(axis="x", labelsize=8); ax.grid(axis="x", lw=0.6); ax.set_axisbelow(True)
             sns.despine(ax=ax, left=True, bottom=True)
         fig.tight_layout(pad=0.4)

@@ -87,8 +87,8 @@ def check_claim(
     _one_of(c["kind"], CLAIM_KINDS, where)
     _keys(c["statistic"], {"words", "key", "unit"}, {"also"}, f"{where}, statistic")
     if not c["arms"] or not c["reason"]: raise ValueError(f"{where}: needs at least one arm and a reason")
-    if c["threshold"] is None and c["kind"] != "descriptive": raise ValueError(f"{where}: a {c['kind']} claim needs a threshold")
-    if c["kind"] == "equivalent" and not (c["margin"] or 0) > 0: raise ValueError(f"{where}: an equivalent claim needs a positive margin")
+    if c["threshold"] is None: raise ValueError(f"{where}: a {c['kind']} claim needs a threshold")
+    if c["kind"] in ("equivalent", "descriptive") and not (c["margin"] or 0) > 0: raise ValueError(f"{where}: needs a positive margin")
     return c
 
 # %% ../../nbs/90_report/10_reference.ipynb #c016

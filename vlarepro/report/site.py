@@ -78,7 +78,7 @@ details{margin:.25rem 0}summary{cursor:pointer;color:var(--soft);font-size:.86re
 figure{margin:1rem 0}figure.panel img{width:100%;max-width:54rem}figcaption{font-size:.86rem;color:var(--soft);max-width:74ch}
 @media(max-width:760px){main,.bar>div,footer{padding-left:1rem;padding-right:1rem}.claim{grid-template-columns:1fr}
 .claim>header{display:flex;gap:.7rem;align-items:baseline}h2{margin-top:2.3rem}.hide-s{display:none}
-.tab figure{overflow-x:auto}.tab figure img{max-width:none;width:36rem}tbody th:first-child{max-width:9.5rem}}
+.tab figure{overflow-x:auto}.tab figure img{max-width:none;width:36rem}tbody th:first-child,thead tr:first-child th:first-child{min-width:8rem;max-width:9.5rem}}
 """
 
 # %% ../../nbs/90_report/50_site.ipynb #c008
@@ -87,14 +87,14 @@ _CSS_TABLES = """
 .scroll{overflow:auto;max-height:85vh;border:1px solid var(--line);border-radius:8px;background:var(--card);margin:.7rem 0;width:fit-content;max-width:100%}
 table{border-collapse:separate;border-spacing:0;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:.36rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;background:var(--card);vertical-align:baseline}
-tbody th:first-child,thead tr:first-child th:first-child{text-align:left;position:sticky;left:0;z-index:1;border-right:1px solid var(--line);white-space:normal;min-width:9rem;max-width:19rem}
+tbody th:first-child,thead tr:first-child th:first-child{text-align:left;position:sticky;left:0;z-index:1;border-right:1px solid var(--line);white-space:normal;min-width:11.5rem;max-width:19rem}
 thead th{position:sticky;top:0;z-index:2;background:var(--head);font-weight:600;vertical-align:bottom}
 thead tr+tr th{top:2rem;font-weight:500;font-size:.8rem;color:var(--soft)}thead tr:first-child th{height:2rem}
 thead tr:first-child th:first-child{z-index:3}tbody th{font-weight:500}tbody tr:last-child>*{border-bottom:0}
 .c0{border-left:1px solid var(--line)}td.ours{background:var(--ours);font-weight:600}td.ours.smoke{background:var(--head);font-weight:400;font-style:italic}
 tr.ext>*{color:var(--none)}tr.ext th{font-weight:400}tr.extra th:first-child{font-style:italic}tr.group th{background:var(--head);font-size:.8rem;color:var(--soft);font-weight:600}
 .iv{display:block;font-weight:400;font-size:.78rem;color:var(--soft)}.narrow .iv{display:inline;margin-left:.55em}
-td.p{color:var(--soft)}td.made{text-align:left;font-size:.8rem;color:var(--soft);border-left:1px solid var(--line)}td.made code{font-size:.95em}
+td.p{color:var(--soft)}td.made{text-align:left;white-space:normal;min-width:17rem;font-size:.8rem;color:var(--soft);border-left:1px solid var(--line)}td.made code{font-size:.95em}
 .sub{display:block;font-size:.78rem;font-weight:400;color:var(--soft)}
 table.plain td,table.plain th{text-align:left}table.plain td.n{text-align:right}
 """
@@ -123,7 +123,7 @@ _MACROS = """
 <details><summary>why this line, and which arms</summary><p class="small">{{ c.reason|capfirst }}. Arms: {% for a in c.arms %}<code>{{ a }}</code> {% endfor %}{% if c.also %}Beside it, without a verdict: {{ c.also }}.{% endif %}</p></details></div>
 <div>{% for e in c.ran %}<div class="ran"><p class="line">{{ prof(e.profile) }} {% if c.ran|length > 1 %}{{ badge(e.verdict) }} {% endif %}<b>{{ e.effect|num }}</b>{% if e.interval %} [{{ e.interval[0]|num }}, {{ e.interval[1]|num }}]{% endif %} {{ e.unit }} {{ stale(e.stale) }}</p>
 {% if e.picture %}<img src="{{ e.picture }}" alt="{{ e.alt }}" width="351" height="70">{% endif %}
-<p class="small">{% if e.n %}{{ e.n }} samples, {% endif %}seeds {{ e.seeds|seeds }}{% if e.seeds and e.seeds|length == 1 %} (one seed: the interval holds no training noise){% endif %}{% if e.note %}. {{ e.note }}{% endif %}</p></div>{% else %}<p class="small">not run in any profile so far</p>{% endfor %}</div></article>{% endmacro %}
+<p class="small">{% if e.n %}{{ e.n }} scenes, {% endif %}{{ e.seeds|seeds }}{% if e.note %}; {{ e.note }}{% endif %}</p></div>{% else %}<p class="small">not run in any profile so far</p>{% endfor %}</div></article>{% endmacro %}
 """
 
 # %% ../../nbs/90_report/50_site.ipynb #c011
@@ -182,8 +182,9 @@ _MEANING = {"reproduced": "the whole 95 % interval lies on the claim's side", "n
 
 
 def _seeds(s) -> str:
-    "Print seeds."
-    return ", ".join(map(str, s)) if isinstance(s, (list, tuple)) else "–" if s is None else str(s)
+    "Print seeds: a list of them, or how many."
+    if isinstance(s, (list, tuple)): return f"{'seed' if len(s) == 1 else 'seeds'} {', '.join(map(str, s))}" if s else "no seed"
+    return "–" if s is None else f"{s} seed{'s' * (s != 1)}"
 
 
 def cell_text(
@@ -211,7 +212,7 @@ def environment() -> jinja2.Environment:
 # %% ../../nbs/90_report/50_site.ipynb #c018
 def _made_line(d: dict) -> str:
     "Seeds, minutes and memory of a row in one line."
-    part = [f"seeds {_seeds(d['seeds'])}" if d["seeds"] is not None else "", f"{num(d['minutes'])} min" if d["minutes"] is not None else "",
+    part = [_seeds(d["seeds"]) if d["seeds"] is not None else "", f"{num(d['minutes'])} min" if d["minutes"] is not None else "",
             f"{num(d['peak_memory_mb'])} MB" if d["peak_memory_mb"] is not None else ""]
     return " · ".join(p for p in part if p)
 
@@ -257,7 +258,7 @@ def own_table(result: dict) -> dict:  # a stand-in reference table without print
 def _line(c: dict) -> str:
     "The line that was drawn beforehand, in words."
     t, m, u = num(c["threshold"]), c["margin"], c["statistic"]["unit"]
-    if c["kind"] == "equivalent": return f"lies within {num(m)} of {t} ({u})"
+    if c["kind"] in ("equivalent", "descriptive"): return f"lies within {num(m)} of {t} ({u})"
     if c["kind"] == "exact": return f"is exactly {t} ({u})"
     return f"is above {t} ({u})"
 

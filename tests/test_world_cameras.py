@@ -1,4 +1,7 @@
 """Cameras, ground raster and rasteriser: geometry against slow references, and determinism."""
+import hashlib
+import subprocess
+import sys
 from dataclasses import replace
 
 import cv2
@@ -155,6 +158,17 @@ def test_subset_and_repeat_are_bit_equal(scene, rendered):
     again = render_scene(scene, keyframes=np.array([35, 10]))
     for name in ("images", "depth", "labels", "instances"):
         assert (getattr(again, name) == getattr(rendered, name)[[7, 2]]).all()
+
+
+def test_another_process_draws_the_same_bytes(scene, rendered):
+    "No state of a process, and no number of threads, is in an image."
+    code = ("import cv2, hashlib, numpy as np; cv2.setNumThreads(2)\n"
+            "from vlarepro.world.ground import demo_scene; from vlarepro.world.raster import render_scene\n"
+            "render_scene(demo_scene(3.0, seed=5), keyframes=np.array([1]))\n"
+            "r = render_scene(demo_scene(8.0), keyframes=np.arange(0, 41, 5))\n"
+            "print(hashlib.sha256(r.images.tobytes() + r.depth.tobytes() + r.labels.tobytes()).hexdigest())")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert out == hashlib.sha256(rendered.images.tobytes() + rendered.depth.tobytes() + rendered.labels.tobytes()).hexdigest()
 
 
 def test_light_darkens_all_but_lamps(scene):

@@ -153,7 +153,7 @@ def _item_states(scene: Scene, shapes: Shapes, step: int) -> tuple[np.ndarray, n
     return xy, yaw, state, valid
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c016
-def _polygons(scene: Scene, shapes: Shapes, view: View, step: int, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
+def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], step: int, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
     "Visible polygons of a keyframe, posed, shaded and hazed."
     xy, yaw, state, valid = _item_states(scene, shapes, step)
     x0, y0, heading = scene.ego[step, :3]
@@ -161,7 +161,7 @@ def _polygons(scene: Scene, shapes: Shapes, view: View, step: int, sun: np.ndarr
     rel = xy - [x0, y0]
     ex, ey = c * rel[:, 0] + s * rel[:, 1], -s * rel[:, 0] + c * rel[:, 1]
     distance = np.hypot(ex - 1.6, ey)
-    eyes = np.stack([camera.translation for camera in view.rig])
+    eyes = np.stack([camera.translation for camera in rig])
     scale = np.where(shapes.signal >= 0, lamp_diameter_m(distance), 1.)
     keep = valid & (distance < FAR_M) & (ex + scale * shapes.radius > eyes[:, 0].min())
     index = np.flatnonzero(keep[shapes.item] & ((shapes.when == ALWAYS) | (shapes.when == state[shapes.item])) & (shapes.reach > distance[shapes.item]))
@@ -199,11 +199,11 @@ def clip_near(
 @dataclass(frozen=True)
 class _Projected:
     "Polygons of one keyframe in the three images; arrays have the camera first."
-    visible: Bool[np.ndarray, "3 n"]
-    pixels: Int[np.ndarray, "3 6 n 2"]     # supersampled OpenCV coordinates, 1/16 px
-    plane: Float[np.ndarray, "3 3 n"]      # camera, coefficient, polygon: 1/z = plane · (u, v, 1)
-    nearest: Float[np.ndarray, "3 n"]      # range of z [m]
-    farthest: Float[np.ndarray, "3 n"]
+    visible: Bool[np.ndarray, "v n"]
+    pixels: Int[np.ndarray, "v 6 n 2"]     # supersampled OpenCV coordinates, 1/16 px
+    plane: Float[np.ndarray, "v 3 n"]      # camera, coefficient, polygon: 1/z = plane · (u, v, 1)
+    nearest: Float[np.ndarray, "v n"]      # range of z [m]
+    farthest: Float[np.ndarray, "v n"]
     cut: dict                              # (camera, polygon) -> pixels of a polygon that was clipped
 
 def _fixed(uv: np.ndarray) -> np.ndarray: return np.rint(np.clip((uv * SUPERSAMPLE - .5) * 16, -4e5, 4e5)).astype(np.int32)
@@ -213,11 +213,11 @@ def _clipped(cam: np.ndarray, K: np.ndarray) -> np.ndarray:  # (m, 2) pixels, m 
     poly = clip_near(cam)
     return poly[:, :2] / poly[:, 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
 
-def _project(polygons: _Polygons, shapes: Shapes, view: View) -> _Projected:
+def _project(polygons: _Polygons, shapes: Shapes, rig: tuple[Camera, ...]) -> _Projected:
     "Cull, clip and project for every camera at once; axes are camera, vertex, polygon."
-    R = np.stack([c.rotation for c in view.rig])[:, :, :, None, None]   # camera, row, column
-    t = np.stack([c.translation for c in view.rig])[:, :, None, None]
-    K, (w, h) = view.rig[0].intrinsic, view.rig[0].size
+    R = np.stack([c.rotation for c in rig])[:, :, :, None, None]   # camera, row, column
+    t = np.stack([c.translation for c in rig])[:, :, None, None]
+    K, (w, h) = rig[0].intrinsic, rig[0].size
     dx, dy, dz = (polygons.xyz[i] - t[:, i] for i in range(3))
     x, y, z = (dx * R[:, 0, j] + dy * R[:, 1, j] + dz * R[:, 2, j] for j in range(3))
     (ex, ey, ez), (gx, gy, gz) = ([a[:, i + 1] - a[:, i] for a in (x, y, z)] for i in (0, 1))
@@ -319,9 +319,9 @@ def render_scene(
         sky[:] = panorama.take(view.sky_index + int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS)
         _draw_ground(canvas, view, ground, maps, pose, haze)
         out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, maps, pose)
-        polygons = _polygons(scene, shapes, view, steps[frame], sun, haze)
+        polygons = _polygons(scene, shapes, view.rig, int(steps[frame]), sun, haze)
         if len(polygons.index):
-            proj, faces = _project(polygons, shapes, view), np.zeros((3, h, w), np.uint16)
+            proj, faces = _project(polygons, shapes, view.rig), np.zeros((3, h, w), np.uint16)
             drawn = _paint(canvas, faces, polygons, shapes, proj)
             _annotate(faces, drawn, polygons, shapes, proj, out.depth[i], out.labels[i], out.instances[i])
         small = cv2.resize(canvas.reshape(3 * h * s, w * s, 4), (w, 3 * h), interpolation=cv2.INTER_AREA)
@@ -329,7 +329,7 @@ def render_scene(
         cv2.add(cv2.cvtColor(small, cv2.COLOR_BGRA2BGR), noise[y:y + 3 * h, x:x + w], out.images[i].reshape(3 * h, w, 3), dtype=cv2.CV_8U)
     return out
 
-# %% ../../nbs/10_world/55_rasteriser.ipynb #c046
+# %% ../../nbs/10_world/55_rasteriser.ipynb #c047
 def stitch_sprite(
     image: UInt8[np.ndarray, "h w 3"],
     camera: Camera,
@@ -347,13 +347,12 @@ def stitch_sprite(
     agent = Agent(0, category, np.array(size_lwh), track, np.ones(1, bool), np.array(color, np.uint8), np.array([braking]))
     road = Road('none', {}, [], [], [], [], [], [], [])
     scene = Scene('sprite', 'train', 'boston-seaport', 0, road, np.zeros(1), np.zeros((1, 7)), [agent], np.zeros((1, 0), np.int8), [], (), np.zeros(1, np.int8), light, 0)
-    view = View((camera,), 0, (), (), None, None, None)
     shapes, (h, w), s = scene_shapes(scene), image.shape[:2], SUPERSAMPLE
-    polygons = _polygons(scene, shapes, view, 0, _sun(scene), _haze(scene))
+    polygons = _polygons(scene, shapes, (camera,), 0, _sun(scene), _haze(scene))
     canvas = np.zeros((1, h * s, w * s, 4), np.uint8)
     canvas[0, ..., :3] = image.repeat(s, 0).repeat(s, 1)
     faces, d, labels, instances = np.zeros((1, h, w), np.uint16), np.zeros((1, h, w), np.float16), np.zeros((1, h, w), np.uint8), np.full((1, h, w), -1, np.int16)
-    proj = _project(polygons, shapes, view)
+    proj = _project(polygons, shapes, (camera,))
     _annotate(faces, _paint(canvas, faces, polygons, shapes, proj), polygons, shapes, proj, d, labels, instances)
     out, body = cv2.resize(canvas[0], (w, h), interpolation=cv2.INTER_AREA)[..., :3].copy(), faces[0] > 0
     if depth is not None:

@@ -100,16 +100,16 @@ class _LightState:
         self.light, self.state = light, RED if light.mode == 'release' else GREEN
         self.trigger = self.release = None; self.seen = [self.state] * (int(REACTION_S / DT_S) + 1); self.go = False
 
-    def step(self, k: int, front: float, v: float) -> None:
-        "Advance one step; `front` is the ego's front bumper."
+    def step(self, k: int, front: float, v: float, soon: float) -> None:
+        "Advance one step; `front` is the ego's front bumper, `soon` its speed after the reaction."
         m, room = self.light, self.light.stop_s - front
-        if m.mode == 'sudden' and self.trigger is None and 0 < room < stopping_distance(v) * m.near: self.trigger = k
+        if m.mode == 'sudden' and self.trigger is None and 0 < room < stopping_distance(soon) * m.near: self.trigger = k
         if m.mode == 'sudden' and self.trigger is not None:
             dt = (k - self.trigger) * DT_S
             self.state = YELLOW if dt < m.yellow_s else RED if dt < m.yellow_s + m.hold_s else GREEN
             if self.state == GREEN and self.release is None: self.release = k
         if m.mode == 'release':
-            if self.trigger is None and (room < m.near or v < .3 and k * DT_S > m.hold_s): self.trigger = k
+            if self.trigger is None and (room < m.near or v < .3 and room < 25 and k * DT_S > m.hold_s): self.trigger = k
             if self.trigger is not None and self.state == RED and (v < .5 or room > 8): self.state, self.release = GREEN, k
         self.seen.append(self.state)
 
@@ -134,9 +134,9 @@ def simulate(
     s, v, a = s0, v0, 0.
     S, V, A, L = [], [], [], []
     for k in range(N_STEPS):
-        front = s + EGO_FRONT_M
-        for m in machines: m.step(k, front, v)
-        _step_walkers(k, front, v, walkers, walk, cars)
+        front, soon = s + EGO_FRONT_M, v + .8 * max(a, 0.)  # who accelerates needs more room
+        for m in machines: m.step(k, front, v, soon)
+        _step_walkers(k, front, soon, walkers, walk, cars)
         S.append(s); V.append(v); A.append(a); L.append([m.state for m in machines])
         for c in cars: c.step(k, front, v, cars, machines, walkers, walk)
         gap, v_lead = _leader(front, cars, late=3)
@@ -159,7 +159,7 @@ def _tables(v_ref: np.ndarray) -> tuple[list, list]:
 def _step_walkers(k, front, v, walkers, walk, cars) -> None:
     "A pedestrian steps out when the ego is near and nobody is between."
     for i, w in enumerate(walkers):
-        if walk[i] is None and w.crosses and .97 < (w.s - front) / stopping_distance(v) < w.near:
+        if walk[i] is None and w.crosses and .97 < (w.s - 1. - front) / stopping_distance(v) < w.near:
             if all(not (front < c.s < w.s + 6 + c.c.length_m) for c in cars): walk[i] = k
 
 def _stop_gap(k, front, v, machines, walkers, walk) -> float:

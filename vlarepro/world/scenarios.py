@@ -202,11 +202,11 @@ def _leader(rng, plan: _Plan, path: Path, front: float, gap: float, free, mix: M
             break
     speed = plan.speed_mps * (rng.uniform(.35, .5) if 'bicycle' in category else rng.uniform(.7, 1.))
     v_ref = speed_profile(lane_path.kappa, speed, rng.uniform(1.6, 2.6), 1.6)
-    s0 = front + gap + size[0]
+    s0 = front + gap + size[0] + 2.2 * max(0., plan.v0 - speed)
     v0 = min(plan.v0 * rng.uniform(.9, 1.1), v_ref[min(int(s0 / PATH_STEP_M), len(v_ref) - 1)])
     brake = {}
     ahead = [s for _, s in free if s > front + 12]
-    if ahead and rng.random() < mix.leader_brakes:
+    if ahead and category != 'vehicle.bicycle' and rng.random() < mix.leader_brakes:
         brake = dict(brake_at=ahead[0] if rng.random() < .6 else ahead[-1], brake_to=speed * rng.choice([0., rng.uniform(.1, .5)]),
                      brake_hold_s=rng.uniform(.6, 2.5), brake_mps2=rng.uniform(2.6, 4.2))
     return _Car(Companion(s0, v0, float(size[0]), v_ref, Driver(rng.uniform(1.2, 1.9), jerk_mps3=6., hardest_mps2=4.5), leaves, **brake),
@@ -217,9 +217,9 @@ def _cut_in(rng, plan: _Plan, path: Path, front: float, leg: int, at: float) -> 
     size, color = looks(rng, 'vehicle.car')
     index, n = plan.layout.ego_index[leg], len(plan.layout.legs[leg].forward)
     side = 1. if index == n - 1 else -1. if index == 0 else float(rng.choice([-1., 1.]))
-    v_ref = speed_profile(path.kappa, plan.speed_mps * rng.uniform(.55, .85), 2., 1.6)
-    gap = rng.uniform(5., 11.)
-    return _Car(Companion(front + gap + size[0], plan.v0, float(size[0]), v_ref, Driver(1.8, jerk_mps3=6.), cut_at=at, cut_gap_m=gap,
+    v_ref = speed_profile(path.kappa, plan.speed_mps * rng.uniform(.62, .86), 2., 1.6)
+    gap = rng.uniform(.65, 1.15) * max(plan.speed_mps, 7.)
+    return _Car(Companion(front + gap + size[0], plan.v0, float(size[0]), v_ref, Driver(1.8, jerk_mps3=6., hardest_mps2=2.4), cut_at=at, cut_gap_m=gap,
                           cut_s=rng.uniform(2., 3.)), path, 'vehicle.car', size, color, side)
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c015
@@ -235,7 +235,7 @@ def _companions(rng: np.random.Generator, plan: _Plan, path: Path, free: list, m
     cars, gap = [], rng.uniform(5, 9) if plan.v0 < 1 else rng.uniform(9, 22)
     for _ in range(1 + (rng.random() < .3)):
         cars.append(_leader(rng, plan, path, front, gap, free if not cars else [], mix))
-        gap += cars[-1].size[0] + rng.uniform(9, 20)
+        gap = cars[-1].companion.s0 - front + rng.uniform(9, 20)
     return cars[::-1]  # front to back
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c017
@@ -419,7 +419,7 @@ def _events(plan: _Plan, path: Path, run: Drive, cars, people, lights, turns, id
         if d.begin_s < reached: out.append(Event('obstacle', at(d.begin_s), at(d.end_s), ids.get(len(cars) + len(people) + row)))
     for begin, end, turn in turns:
         if turn != 'straight' and begin - EGO_FRONT_M - 5 < reached and end > run.s[0]: out.append(Event('turn', at(begin - EGO_FRONT_M - 5), at(end), None))
-    return sorted((e for e in out if e.t_start_s < 19.9), key=lambda e: (e.t_start_s, e.kind))
+    return sorted((e for e in out if e.t_start_s < min(19.9, e.t_end_s)), key=lambda e: (e.t_start_s, e.kind))
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c028
 def make_scene(

@@ -74,7 +74,7 @@ def l2_per_step(
     return Stepwise(np.where(ok, np.hypot(d[..., 0], d[..., 1]), np.nan), ok)
 
 # %% ../../nbs/30_scoring/10_displacement.ipynb #c016
-def _steps(horizon_s: float, n_steps: int) -> int:
+def _steps(horizon_s: "float | int", n_steps: int) -> int:
     k = round(horizon_s / DT_S)
     if not 1 <= k <= n_steps or abs(k * DT_S - horizon_s) > 1e-9: raise ValueError(f"horizon {horizon_s} s: expected a multiple of {DT_S} s up to {n_steps * DT_S} s")
     return k
@@ -83,7 +83,7 @@ def _steps(horizon_s: float, n_steps: int) -> int:
 @patch
 def at(
     self: Stepwise,
-    horizon_s: float,  # 1, 2, 3
+    horizon_s: "float | int",  # 1, 2, 3
 ) -> PerSample:
     "The value at the horizon (UniAD's convention)."
     k = _steps(horizon_s, self.value.shape[-1])
@@ -93,7 +93,7 @@ def at(
 @patch
 def up_to(
     self: Stepwise,
-    horizon_s: float,  # 1, 2, 3
+    horizon_s: "float | int",  # 1, 2, 3
 ) -> PerSample:
     "The mean of all steps up to the horizon (ST-P3's convention); valid only when each of them is."
     k = _steps(horizon_s, self.value.shape[-1])

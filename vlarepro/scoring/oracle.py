@@ -96,8 +96,8 @@ class Check:
 
 def compare(
     quantity: str,    # what is compared
-    ours: np.ndarray,
-    theirs,           # array or nested lists
+    ours,             # array or number
+    theirs,           # array, number or nested lists
     tol: float = 0.0, # largest difference that is none
     allowed: int = 0, # mismatches that are tolerated
 ) -> Check:

@@ -160,10 +160,10 @@ def _intervals(kind: str, interval) -> Float[np.ndarray, "m 2"]:
 
 def verdict(
     kind: str,                             # one of KINDS
-    effect: "float | Sequence[float] | None",  # the statistic; one per step for `ordered`, two gaps for `interior optimum`; None = not measured
+    effect: "float | int | Sequence[float] | None",  # the statistic; one per step for `ordered`, two gaps for `interior optimum`; None = not measured
     interval: "Sequence | None",           # (low, high), or one pair per entry of the effect; not used by `exact`
-    threshold: float,                      # from the claim
-    margin: "float | None" = None,         # from the claim; needed by `equivalent` and `descriptive`, tolerance of `exact`
+    threshold: "float | int",              # from the claim
+    margin: "float | int | None" = None,   # from the claim; needed by `equivalent` and `descriptive`, tolerance of `exact`
 ) -> str:
     "Turn an interval into a verdict (design rule: wholly on the claim's side, wholly on the other, or neither)."
     if kind not in KINDS: raise KeyError(f"unknown kind of claim {kind!r}: {nearest(kind, KINDS)}")

@@ -113,3 +113,9 @@ def test_future_command_is_an_option_by_name(world):
     y = s.future[-1, 1]
     assert s.command == (1 if y >= 2 else 3 if y <= -2 else 2)
     assert NuScenesReader(world, VERSION, command="unknown").sample(leak.anchors[0], images=False).command == 0
+
+
+def test_texts(reader):
+    s = reader.sample(reader.anchors[0], images=False, texts=True)
+    assert s.texts["caption"] and s.texts["coc"]["text"] and all({"question", "answer"} <= set(q) for q in s.texts["qa"])
+    assert reader.sample(reader.anchors[0], images=False).texts == {}

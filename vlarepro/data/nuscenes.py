@@ -440,7 +440,7 @@ def camera(
     out[:3, :3], out[:3, 3] = to_world.T @ self._R[i], to_world.T @ (self._p[i] - origin)
     return np.array(cal["camera_intrinsic"], float), out
 
-
+# %% ../../nbs/20_data/30_nuscenes.ipynb #c043
 @patch
 def images(
     self: NuScenesReader,
@@ -471,7 +471,7 @@ def scene_images(
     both = [self.images(s["token"]) for s in self._samples[name]]
     return np.stack([b[0] for b in both]), np.stack([b[1] for b in both])
 
-# %% ../../nbs/20_data/30_nuscenes.ipynb #c044
+# %% ../../nbs/20_data/30_nuscenes.ipynb #c045
 EVENT_AHEAD_S = 3.0  # an event counts for a keyframe when it is active within this time [s]
 
 
@@ -504,12 +504,28 @@ def scene_events(
         out[:, column] |= (t0 <= t_s + EVENT_AHEAD_S) & (t1 >= t_s)
     return out
 
-# %% ../../nbs/20_data/30_nuscenes.ipynb #c046
+# %% ../../nbs/20_data/30_nuscenes.ipynb #c047
+@patch
+def texts(
+    self: NuScenesReader,
+    token: str,     # a keyframe
+) -> dict:          # "caption" (str), "coc" (dict), "qa" (list of dicts); only what the data set has
+    "The texts of one keyframe."
+    if not hasattr(self, "_language"):
+        read = lambda n: read_json(p) if (p := self.root / "language" / f"{n}.json").is_file() else None
+        captions, coc, qa = read("captions"), read("coc"), read("qa")
+        asked = {} if qa is not None else None
+        for q in qa["questions"] if qa else (): asked.setdefault(q["sample_token"], []).append(q)
+        self._language = {k: v for k, v in (("caption", captions), ("coc", coc), ("qa", asked)) if v is not None}
+    return {k: v[token] for k, v in self._language.items() if token in v}
+
+# %% ../../nbs/20_data/30_nuscenes.ipynb #c049
 @patch
 def sample(
     self: NuScenesReader,
     token: str,           # a keyframe
     images: bool = True,  # read the pixels too
+    texts: bool = False,  # and the captions, questions and traces
 ) -> Sample:              # checked
     "One keyframe as a Sample."
     if token not in self._where: raise KeyError(f"{token!r} is no keyframe of split {self.split!r} of {self.version}: see .tokens")
@@ -520,7 +536,7 @@ def sample(
     return Sample(token=token, scene=name, timestamp_us=int(d["timestamp_us"][i]), point=self.point, point_x_m=float(self.point_x_m[row]),
                   ego=d["ego"][i], ego_valid=d["ego_valid"][i], ego_source=str(d["ego_source"][i]), history=d["history"][i],
                   history_valid=d["history_valid"][i], command=int(d["command"][i]), future=d["future"][i], future_valid=d["future_valid"][i],
-                  boxes=boxes, images=ims, image_valid=valid, map=self.location[name])
+                  boxes=boxes, images=ims, image_valid=valid, map=self.location[name], texts=self.texts(token) if texts else {})
 
 
 @patch
@@ -550,7 +566,7 @@ def anchors(self: NuScenesReader) -> list:
         out += [self.tokens[r] for r in d["rows"][d["history_valid"].all(1) & d["future_valid"].all(1)]]
     return out
 
-# %% ../../nbs/20_data/30_nuscenes.ipynb #c048
+# %% ../../nbs/20_data/30_nuscenes.ipynb #c051
 def write_toy_root(
     root: "str | Path",      # an empty folder
     n: int = 12,             # keyframes

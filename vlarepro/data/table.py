@@ -133,7 +133,7 @@ def _scene_columns(reader, name, complete):
     c["cv_gap"] = np.where(d["ego_valid"][i][:, [0, 1, 4]].all(1), c["cv_gap"], np.nan)
     return c
 
-
+# %% ../../nbs/20_data/60_table.ipynb #c014
 def build_table(
     reader: NuScenesReader,   # all splits: NuScenesReader(root, version, split=None)
     complete: bool = True,    # only keyframes with a complete past and future; False keeps all, with their validity
@@ -156,7 +156,7 @@ def build_table(
               keyframe_token=np.array(reader.tokens, "U32"), point=np.array(reader.point))
     return SampleTable(c)
 
-# %% ../../nbs/20_data/60_table.ipynb #c015
+# %% ../../nbs/20_data/60_table.ipynb #c016
 def save_table(
     table: SampleTable,   # a table
     path: "str | Path",   # an .npz file
@@ -175,7 +175,7 @@ def load_table(
     except (zipfile.BadZipFile, EOFError, OSError) as e: raise ValueError(f"{path} is not a whole sample table ({e}): run the prepare stage again") from e
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
-# %% ../../nbs/20_data/60_table.ipynb #c021
+# %% ../../nbs/20_data/60_table.ipynb #c022
 def gap_strata(
     gap: Float[np.ndarray, " n"],   # `cv_gap` of the samples that are evaluated [m]
     dominated: float = 0.5,         # lower fraction, called ego-dominated

@@ -18,10 +18,10 @@ from ..core.params import nearest
 
 # %% ../../nbs/30_scoring/60_statistics.ipynb #c005
 class Interval(NamedTuple):
-    "A statistic with its percentile interval."
+    "A statistic with its percentile interval; low and high are None where fewer than two scenes leave nothing to draw."
     value: float
-    low: float
-    high: float
+    low: "float | None"
+    high: "float | None"
 
 # %% ../../nbs/30_scoring/60_statistics.ipynb #c007
 def _checked(
@@ -30,7 +30,6 @@ def _checked(
 ) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
     "Arrays as float64, cluster number of each sample, number of clusters."
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    if len(names) < 2: raise ValueError(f"a bootstrap over scenes needs at least 2 of them, got {len(names)}")
     out = {}
     for arm, v in values_by_arm.items():
         v = np.asarray(v, np.float64)
@@ -52,6 +51,7 @@ def bootstrap(
 ) -> Interval:
     "Percentile interval of a statistic, drawing scenes (paired across arms) and seeds."
     arms, index, n_clusters = _checked(values_by_arm, clusters)
+    if n_clusters < 2: return Interval(float(statistic(arms)), None, None)
     order = np.argsort(index, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(index))[:-1])
     n_seeds = sorted({len(v) for v in arms.values()})
@@ -68,12 +68,13 @@ def bootstrap(
 
 def _stretched(value: float, scenes: np.ndarray, both: np.ndarray, n_clusters: int, n_seeds: list[int], level: float) -> np.ndarray:
     "Draws with the scenes' part and the seeds' part each stretched by Student's factor; the arm with the fewest seeds above one decides."
+    wrong = [int((~np.isfinite(d)).sum()) for d in (np.atleast_1d(value), scenes, both)]
+    if any(wrong): raise ValueError(f"the statistic is not finite: {wrong[0]} of 1 on the data, {max(wrong[1:])} of {len(scenes)} in the draws (a zero denominator?): use a statistic that is defined on every draw")
     def student(m): return stats.t.ppf((1 + level) / 2, m - 1) / stats.norm.ppf((1 + level) / 2)
     return value + student(n_clusters) * (scenes - value) + student(min((s for s in n_seeds if s > 1), default=np.inf)) * (both - scenes)
 
 
 def _interval(value: float, draws: np.ndarray, level: float) -> Interval:
-    if not np.isfinite(draws).all(): raise ValueError(f"the statistic was not finite in {int((~np.isfinite(draws)).sum())} of {len(draws)} draws (an empty group, a zero denominator?): use a statistic that is defined on every draw")
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
 
@@ -93,23 +94,36 @@ def bootstrap_means(
     subset: "Mapping[str, Bool[np.ndarray, ' n']] | None" = None,  # samples that an arm's mean is over; default all
 ) -> Interval:
     "As `bootstrap`, for statistics that are functions of the arms' means; all draws at once."
-    arms, index, n_clusters = _checked(values_by_arm, clusters)
-    subset = dict(subset or {})
-    stray = sorted(set(subset) - set(arms))
-    if stray: raise KeyError(f"subset names no arm {stray[0]!r}: {nearest(stray[0], arms)}")
+    arms, index, _ = _checked(values_by_arm, clusters)
+    keep = _strata(arms, subset)
+    some = np.logical_or.reduce(list(keep.values()))
+    index = np.unique(index[some], return_inverse=True)[1]
+    arms, keep, n_clusters = {a: v[:, some] for a, v in arms.items()}, {a: k[some] for a, k in keep.items()}, int(index.max()) + 1
+    with np.errstate(invalid="ignore", divide="ignore"): value = float(statistic({a: v[:, keep[a]].mean() for a, v in arms.items()}))
+    if min(len(np.unique(index[k])) for k in keep.values()) < 2: return Interval(value, None, None)
     n_seeds = sorted({len(v) for v in arms.values()})
     scenes = rng.multinomial(n_clusters - 1, np.full(n_clusters, 1 / n_clusters), size=n).astype(np.float64)
     seeds = {s: rng.multinomial(max(s - 1, 1), np.full(s, 1 / s), size=n) / max(s - 1, 1) for s in n_seeds}
-    value, draws, all_seeds = {}, {}, {}
+    counts = {a: scenes @ np.bincount(index, k, n_clusters) for a, k in keep.items()}
+    full = np.logical_and.reduce([c > 0 for c in counts.values()])
+    by_scene, both = {}, {}
     for a, v in arms.items():
-        keep = np.asarray(subset.get(a, np.ones(v.shape[1], bool)), bool)
-        if not keep.any(): raise ValueError(f"arm {a!r}: its subset is empty")
-        total, count = _group_sums(v * keep, index, n_clusters), np.bincount(index, keep, n_clusters)
-        with np.errstate(invalid="ignore"): per_seed = (scenes @ total.T) / (scenes @ count)[:, None]
-        value[a], draws[a], all_seeds[a] = v[:, keep].mean(), (per_seed * seeds[len(v)]).sum(-1), per_seed.mean(-1)
-    v0 = float(statistic(value))
-    with np.errstate(invalid="ignore", divide="ignore"): by_scene, both = (np.broadcast_to(np.asarray(statistic(d), np.float64), (n,)) for d in (all_seeds, draws))
-    return _interval(v0, _stretched(v0, by_scene, both, n_clusters, n_seeds, level), level)
+        per_seed = (scenes[full] @ _group_sums(v * keep[a], index, n_clusters).T) / counts[a][full, None]
+        by_scene[a], both[a] = per_seed.mean(-1), (per_seed * seeds[len(v)][full]).sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"): draws = [np.broadcast_to(np.asarray(statistic(d), np.float64), (int(full.sum()),)) for d in (by_scene, both)]
+    return _interval(value, _stretched(value, *draws, n_clusters, n_seeds, level), level)
+
+
+def _strata(arms: dict[str, np.ndarray], subset: "Mapping[str, np.ndarray] | None") -> dict[str, np.ndarray]:
+    "The samples of each arm's mean, checked."
+    subset = dict(subset or {})
+    stray = sorted(set(subset) - set(arms))
+    if stray: raise KeyError(f"subset names no arm {stray[0]!r}: {nearest(stray[0], arms)}")
+    keep = {a: np.asarray(subset.get(a, np.ones(v.shape[1], bool)), bool) for a, v in arms.items()}
+    for a, k in keep.items():
+        if k.shape != arms[a].shape[1:]: raise ValueError(f"arm {a!r}: its subset has shape {k.shape}, expected {arms[a].shape[1:]}")
+        if not k.any(): raise ValueError(f"arm {a!r}: its subset is empty")
+    return keep
 
 # %% ../../nbs/30_scoring/60_statistics.ipynb #c013
 def mean_of(a: str) -> Callable:
@@ -126,7 +140,7 @@ def ratio(a: str, b: str) -> Callable:
     "Mean of arm a over mean of arm b: a ratio of means, not a mean of ratios."
     return lambda v: mean_of(a)(v) / mean_of(b)(v)
 
-# %% ../../nbs/30_scoring/60_statistics.ipynb #c028
+# %% ../../nbs/30_scoring/60_statistics.ipynb #c030
 class RankTest(NamedTuple):
     "Mann-Whitney U test of two groups."
     u: float
@@ -143,7 +157,7 @@ def mann_whitney(
     r = stats.mannwhitneyu(a, b, alternative="two-sided")
     return RankTest(float(r.statistic), float(r.pvalue), float(r.statistic) / (len(a) * len(b)))
 
-# %% ../../nbs/30_scoring/60_statistics.ipynb #c033
+# %% ../../nbs/30_scoring/60_statistics.ipynb #c035
 KINDS = ("greater", "equivalent", "exact", "ordered", "interior optimum", "descriptive")
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run in this profile"
 
@@ -172,6 +186,7 @@ def verdict(
     if not np.isfinite(effects).all(): raise ValueError(f"{kind}: the effect is {effect}; pass None for a claim that was not measured")
     if kind == "exact": return REPRODUCED if (np.abs(effects - threshold) <= (margin or 0)).all() else NOT_REPRODUCED
     if interval is None: raise ValueError(f"{kind}: an effect without an interval gives no verdict")
+    if None in np.asarray(interval, object).ravel().tolist(): return INCONCLUSIVE  # too few scenes to draw from
     iv = _intervals(kind, interval)
     if len(effects) != len(iv): raise ValueError(f"{kind}: {len(effects)} effects, but {len(iv)} intervals")
     low, high = iv.T
@@ -181,7 +196,7 @@ def verdict(
     else: inside, outside = low > threshold, high < threshold
     return REPRODUCED if inside.all() else NOT_REPRODUCED if outside.any() else INCONCLUSIVE
 
-# %% ../../nbs/30_scoring/60_statistics.ipynb #c037
+# %% ../../nbs/30_scoring/60_statistics.ipynb #c039
 def seeds_note(
     n_seeds: int,  # training seeds behind the verdict
 ) -> str:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../../nbs/00_core/40_progress.ipynb #c005
 def remaining(

@@ -71,9 +71,14 @@ def tidy(
         if c["cell_type"] == "code":
             c["execution_count"] = None
             c["outputs"] = [{**o, "execution_count": None} if "execution_count" in o else o for o in c["outputs"]]
-    text = json.dumps(d, indent=1, sort_keys=True, ensure_ascii=False)
-    text = re.sub(r'[^"\s]*?ipykernel_\d+/\d+\.py', "<cell>", text)
-    return json.loads(text.replace(str(root()) + "/", "").replace(str(root()), "."))
+    here = str(root())
+    def plain(x):
+        if isinstance(x, dict): return {k: v if k.startswith("image/") else plain(v) for k, v in x.items()}
+        if isinstance(x, list): return [plain(v) for v in x]
+        if not isinstance(x, str): return x
+        if "ipykernel_" in x: x = re.sub(r"/[\w./-]{0,200}ipykernel_\d+/\d+\.py", "<cell>", x)
+        return x.replace(here + "/", "").replace(here, ".")
+    return plain(d)
 
 # %% ../../nbs/00_core/60_runner.ipynb #c012
 def _forward(path: str, stop: threading.Event):

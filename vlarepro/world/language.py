@@ -7,7 +7,7 @@ __all__ = ['N_BINS', 'TALL_M', 'SIGHT_M', 'NAMES', 'STATUSES', 'SECTORS', 'ASK_M
            'CAUSES', 'DECISIONS', 'EFFECTS', 'NUMBERS', 'PLACES', 'directions_covered', 'Observed', 'agent_status',
            'observe', 'sector', 'Thing', 'things', 'noun', 'Dice', 'Group', 'group', 'ask_exist', 'ask_count',
            'ask_object', 'ask_status', 'ask_comparison', 'questions', 'light_ahead', 'decision', 'active_events',
-           'explain', 'inside', 'caption', 'scene_language']
+           'cause_of', 'explain', 'inside', 'caption', 'scene_language']
 
 # %% ../../nbs/10_world/60_language.ipynb #c003
 from dataclasses import dataclass
@@ -293,7 +293,10 @@ CAUSES = {'cut_in': ('a car cuts in from the {side}', 'another car moves into th
           'pedestrian': ('a pedestrian is crossing', 'someone steps onto the road', 'a person walks across ahead'),
           'red_light': ('the traffic light is red', 'the signal ahead does not allow to go', 'the light has changed to red'),
           'obstacle': ('something blocks the lane', 'an obstacle stands in the lane', 'the lane ahead is blocked'),
-          'turn': ('the route turns here', 'the way leads round this corner', 'the route leaves this road')}
+          'turn': ('the route turns here', 'the way leads round this corner', 'the route leaves this road'),
+          'green_light': ('the light is green', 'the signal ahead shows green', 'the traffic light allows to go'),
+          'leader': ('it follows a slower vehicle', 'the vehicle ahead is close', 'the gap to the car in front is short'),
+          'bend': ('the road bends ahead', 'a bend lies ahead', 'the curve asks for less speed')}
 DECISIONS = {'wait': ('wait', 'stay stopped', 'remain standing'), 'stop': ('stop', 'come to a halt', 'brake to a stop'),
              'brake': ('slow down', 'brake', 'reduce speed'), 'start': ('start moving', 'set off', 'pull away'),
              'accelerate': ('speed up', 'accelerate', 'gain speed'), 'keep': ('keep its speed', 'carry on', 'continue at this speed'),
@@ -319,6 +322,25 @@ def _motion(scene, step):
     if a < -.8: return f'is slowing down at about {kmh} km/h'
     return f'is speeding up at about {kmh} km/h' if a > .8 else f'drives at about {kmh} km/h'
 
+def cause_of(
+    scene: Scene,
+    seen: Observed,
+    k: int,         # keyframe
+    act: str,       # from `decision`
+) -> tuple[str, float]:  # key of CAUSES or '', and the lateral position of who causes it [m]
+    "What explains a decision: an event, else the light, else a vehicle ahead or the road's bend."
+    step, ids = int(seen.step[k]), [a.id for a in scene.agents]
+    for e in active_events(scene, step):
+        if act in EFFECTS[e.kind]: return e.kind, float(seen.xy[k, ids.index(e.agent), 1]) if e.agent in ids else 0.
+    lamp = light_ahead(scene, step)
+    if lamp is not None and (lamp in (RED, YELLOW)) == (act in _SLOW) and act in (*_SLOW, 'start', 'accelerate'):
+        return 'red_light' if lamp in (RED, YELLOW) else 'green_light', 0.
+    if act not in _SLOW: return '', 0.
+    x, y = seen.xy[k].T
+    if any(scene.agents[i].category.startswith('vehicle') for i in np.flatnonzero(seen.valid[k] & (x > 2) & (x < 35) & (np.abs(y) < 2.2))): return 'leader', 0.
+    end = min(step + 30, len(scene.t) - 1)
+    return ('bend' if abs(wrap_angle(scene.ego[end, 2] - scene.ego[step, 2])) > .1 else ''), 0.
+
 def explain(
     scene: Scene,
     seen: Observed,
@@ -326,23 +348,16 @@ def explain(
     dice: Dice,
 ) -> dict:              # text, decision, cause, pieces [[text, 'routine' | 'commitment'], ...]
     "Why the ego does what it does: a short chain of causation."
-    step = int(seen.step[k])
-    act, lamp = decision(scene, step), light_ahead(scene, step)
-    events = [e for e in active_events(scene, step) if act in EFFECTS[e.kind]]
-    if events and events[0].kind == 'obstacle' and act not in _SLOW: act = 'pass'
-    who = dice.pick(('The ego car', 'The car', 'The vehicle'))
-    pieces = [[f'{who} {_motion(scene, step)}.', 'routine']]
-    cause = events[0].kind if events else ''
-    do = dice.pick(DECISIONS[act])
+    act = decision(scene, int(seen.step[k]))
+    cause, y = cause_of(scene, seen, k, act)
+    if cause == 'obstacle' and act not in _SLOW: act = 'pass'
+    who, do = dice.pick(('The ego car', 'The car', 'The vehicle')), dice.pick(DECISIONS[act])
+    pieces = [[f'{who} {_motion(scene, int(seen.step[k]))}.', 'routine']]
     if cause:
-        ids = [a.id for a in scene.agents]
-        y = seen.xy[k, ids.index(events[0].agent), 1] if events[0].agent in ids else 0.
         why = dice.pick(CAUSES[cause]).format(side='left' if y > 0 else 'right')
         pieces.append([dice.pick((f'{why[0].upper()}{why[1:]}, so it should {do}.', f'It should {do}, because {why}.', f'Since {why}, the right thing is to {do}.')), 'commitment'])
-    elif lamp is not None:
-        colour = {RED: 'red', YELLOW: 'yellow'}.get(lamp, 'green')
-        pieces.append([dice.pick((f'The light ahead is {colour}: {do}.', f'With a {colour} light ahead it should {do}.')), 'commitment'])
-    else: pieces.append([dice.pick((f'Nothing forces a change: {do}.', f'The way is free, so it can {do}.', f'No conflict ahead; {do}.')), 'commitment' if act not in ('keep', 'wait') else 'routine'])
+    elif act in _SLOW: pieces.append([dice.pick((f'It should {do}.', f'Here it has to {do}.', f'The right thing is to {do}.')), 'commitment'])
+    else: pieces.append([dice.pick((f'Nothing forces a change: {do}.', f'The way is free, so it can {do}.', f'No conflict ahead; {do}.')), 'commitment' if act != 'keep' else 'routine'])
     return dict(text=' '.join(p for p, _ in pieces), decision=act, cause=cause, pieces=pieces)
 
 # %% ../../nbs/10_world/60_language.ipynb #c044

@@ -46,7 +46,7 @@ def llm_config(
     "The configuration of a Qwen2 decoder."
     if isinstance(size, str) and size not in LLM_SIZES: raise KeyError(f"unknown size {size!r}: {nearest(size, LLM_SIZES)}")
     shape = LLM_SIZES[size] if isinstance(size, str) else dict(size)
-    return Qwen2Config(vocab_size=vocab_size, tie_word_embeddings=True, max_position_embeddings=4096, attention_dropout=0.0,
+    return Qwen2Config(vocab_size=vocab_size, initializer_range=max(0.02, shape["hidden_size"] ** -0.5), tie_word_embeddings=True, max_position_embeddings=4096, attention_dropout=0.0,
                        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **shape)
 
 # %% ../../nbs/40_models/10_backbones.ipynb #c012

@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -56,8 +57,11 @@ def sample_rows(
 ) -> Int[np.ndarray, " count"]:  # rows of the data set
     "Which rows the samples first … first+count-1 of a run are."
     g = np.arange(first, first + count)
-    order = {e: rng("sft-order", seed, int(e)).permutation(n) for e in np.unique(g // n)}
-    return np.array([order[i // n][i % n] for i in g])
+    return np.concatenate([_order(seed, int(e), n)[g[g // n == e] % n] for e in np.unique(g // n)])
+
+
+@lru_cache(maxsize=4)
+def _order(seed, epoch, n): return rng("sft-order", seed, epoch).permutation(n)
 
 
 def sample_uniform(

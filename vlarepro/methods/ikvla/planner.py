@@ -21,7 +21,7 @@ from ...data.planner import register
 from ...data.sample import Batch
 from .arms import ARMS, RUNS, arm, build_head, head_key, head_plan
 from .ik_network import IKNetwork, to_path
-from .model import HUNDREDTHS, WHOLE, CompactTokenizer, DrivingLLM, HFTokenizer, parse_trajectory
+from .model import TENTHS, WHOLE, CompactTokenizer, DrivingLLM, HFTokenizer, parse_trajectory
 from .tasks import DriveData, cache_states, current_features, ego_tensor, prompt_ids
 from .visual_state import StateShape
 from ...models.backbones import seeded
@@ -110,8 +110,8 @@ def mean_path(paths: Float[torch.Tensor, "b k t 3"]) -> Float[torch.Tensor, "b 1
 def plan_text(model: DrivingLLM, config: IKVLAConfig, tokenizer, data: DriveData, batch: int = 512, points: int = 6) -> Float[np.ndarray, "n 1 t 3"]:
     "Greedy decoding of the trajectory text."
     ids, mask = prompt_ids(data, tokenizer, model.shape.n if model.sees else 0, 0, style=config.style)
-    allowed = [[tokenizer.id(t) for t in part] for part in (WHOLE, HUNDREDTHS)] * (2 * points)
-    words, out = {tokenizer.id(t): t for t in (*WHOLE, *HUNDREDTHS)}, []
+    allowed = [[tokenizer.id(t) for t in part] for part in (WHOLE, TENTHS)] * (2 * points)
+    words, out = {tokenizer.id(t): t for t in (*WHOLE, *TENTHS)}, []
     for i in range(0, len(data), batch):
         rows = np.arange(i, min(i + batch, len(data)))
         current = model.projector(current_features(data, rows)) if model.sees else None

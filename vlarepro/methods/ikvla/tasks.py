@@ -54,6 +54,7 @@ class DriveData:
     def from_table(cls, table: dict, features: np.ndarray, front: "np.ndarray | None" = None) -> "DriveData":
         "From the columns of a sample table; only samples with a complete future are kept."
         c = {k: np.asarray(table[k]) for k in ("token", "scene", "keyframe", "next_keyframe", "ego", "history", "history_valid", "command", "future")}
+        c["command"] = c["command"].astype(np.int64)
         c["ego_valid"] = np.asarray(table["ego_valid"]) if "ego_valid" in table else np.isfinite(c["ego"])
         rows = np.asarray(table["future_valid"]).all(1) & (c["next_keyframe"] >= 0).all(1)
         return cls(features=features, front=front, **{k: v[rows] for k, v in c.items()})

@@ -196,8 +196,9 @@ class _CompanionState:
         c = self.c
         if self.A: self.V.append(self.v)
         self.S.append(self.s); self.A.append(self.a)
-        if self.brake_step is None and ego_front >= c.brake_at and self.s - c.length_m - ego_front < 30: self.brake_step = k
-        if self.cut_step is None and ego_front >= c.cut_at: self.cut_step = k
+        room = self.s - c.length_m - ego_front
+        if self.cut_step is None and 0 <= ego_front - c.cut_at < 20 and room > .8 * c.cut_gap_m: self.cut_step = k
+        if self.brake_step is None and ego_front >= c.brake_at and room < 30: self.brake_step = k
         i = min(int(self.s / PATH_STEP_M), len(self.ref) - 1)
         ref, slope = self.ref[i], self.slope[i]
         if c.cut_at < 1e8: ref, slope = self._beside(k, ego_front, ego_v, ref, slope)
@@ -220,7 +221,7 @@ class _CompanionState:
         if self.cut_step is None:
             lag = (self.s - c.length_m) - ego_front - c.cut_gap_m
             return max(0., ego_v - .5 * lag), 0.
-        if (k - self.cut_step) * DT_S > .4 * c.cut_s: self.in_lane = True
+        if (k - self.cut_step) * DT_S > .32 * c.cut_s: self.in_lane = True
         return ref, slope
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

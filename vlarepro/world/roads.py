@@ -258,7 +258,7 @@ def bend_profile(
     room = (length_m - 2 * straight_m) // max(bends, 1)
     sign = sign or rng.choice([-1., 1.])
     for i in range(bends):
-        radius = np.exp(rng.uniform(np.log(28), np.log(180)))
+        radius = np.exp(rng.uniform(np.log(30), np.log(220)))
         arc = int(min(rng.uniform(.25, 1.) * max_turn_rad * radius, room - 12))
         if arc < 8: continue
         start = straight_m + i * room + int(rng.uniform(0, max(room - arc - 8, 1)))
@@ -368,11 +368,11 @@ def build_layout(
     style = STYLES[map_name]
     limit = float(rng.uniform(*style.limits_mps))
     wanted = length_m or 21 * limit + 110
-    turns = _plan_turns(rng, int(rng.choice([0, 1, 2, 3], p=[.16, .34, .34, .16])))
+    turns = _plan_turns(rng, int(rng.choice([0, 1, 2, 3], p=[.22, .44, .26, .08])))
     lanes, shoulder = _plan_lanes(rng, turns), float(rng.choice([.5, 2.4], p=[.5, .5]))
     b = RoadBuilder(style, limit)
-    lengths = [int(rng.uniform(50, 125)) for _ in turns]; lengths.append(int(max(80, wanted - sum(lengths) - 20 * len(turns))))
-    bends = [int(rng.choice([0, 1, 2], p=[.42, .43, .15]) if m < 140 else rng.choice([0, 2, 3, 4], p=[.22, .33, .3, .15])) for m in lengths]
+    lengths = [int(rng.uniform(55, 135)) for _ in turns]; lengths.append(int(max(80, wanted - sum(lengths) - 20 * len(turns))))
+    bends = [int(rng.choice([0, 1, 2], p=[.55, .35, .1]) if m < 140 else rng.choice([0, 1, 2, 3], p=[.26, .26, .30, .18])) for m in lengths]
     limit_turn = .6 if turns else 1.1
     kappas = [bend_profile(rng, m, n, limit_turn) for m, n in zip(lengths, bends)]
     legs = [b.add_leg(reference_line(np.zeros(3), kappas[0]), *lanes[0][:2], shoulder)]

@@ -29,13 +29,13 @@ class Mixture:
     light_sudden: float = .40      # the light turns red in front of the ego
     light_release: float = .24     # it is red and turns green
     walker: float = .9            # somebody stands at a crosswalk ...
-    walker_crosses: float = .62    # ... and steps out
-    obstacle: float = .22          # a slot on a leg holds an obstacle in the lane
+    walker_crosses: float = .56    # ... and steps out
+    obstacle: float = .20          # a slot on a leg holds an obstacle in the lane
     beside: float = .22            # ... or one that stands harmlessly beside it
     leader: float = .55            # the drive begins behind somebody
-    leader_brakes: float = .75     # a slot behind a leader makes it brake
+    leader_brakes: float = .60     # it brakes for a reason nobody can foresee
     cut_in: float = .60            # a multi-lane leg without a leader has a cut-in
-    standing_start: float = .15
+    standing_start: float = .20
 
 MIXTURE = Mixture()
 
@@ -137,9 +137,9 @@ def _lights(rng: np.random.Generator, plan: _Plan, path: Path, mix: Mixture) -> 
         mouth = path.project(lanes[plan.layout.route[2 * i]].centerline[-1, :2])
         u = rng.random()
         mode = 'sudden' if u < mix.light_sudden else 'release' if u < mix.light_sudden + mix.light_release else 'green'
-        if plan.waits and i == 0: light = Light(mouth - STOP_LINE_M, 'release', 0., rng.uniform(1.5, 8.))
-        elif mode == 'sudden': light = Light(mouth - STOP_LINE_M, mode, rng.uniform(1.02, 1.45), rng.uniform(3., 9.))
-        else: light = Light(mouth - STOP_LINE_M, mode, rng.uniform(10, 42), rng.uniform(1., 5.))
+        if plan.waits and i == 0: light = Light(mouth - STOP_LINE_M, 'release', 0., rng.uniform(2., 10.))
+        elif mode == 'sudden': light = Light(mouth - STOP_LINE_M, mode, rng.uniform(1.02, 1.45), rng.uniform(4., 10.))
+        else: light = Light(mouth - STOP_LINE_M, mode, rng.uniform(8, 42), rng.uniform(1., 6.))
         lights.append(light); which.append(i)
     check_lights(lights)
     return lights, which
@@ -182,8 +182,9 @@ class _Car:
     size: np.ndarray
     color: np.ndarray
     side: float = 0.        # lateral start of a cut-in, +1 from the left
+    leg_end_s: float = 1e9  # end of the leg on which it wants to move over
 
-def _leader(rng, plan: _Plan, path: Path, front: float, gap: float, free, mix: Mixture) -> _Car:
+def _leader(rng, plan: _Plan, path: Path, front: float, gap: float, brakes: bool, mix: Mixture) -> _Car:
     "Somebody ahead in the ego's lane, who may brake, and may leave at a junction."
     category = ('vehicle.car', 'vehicle.truck', 'vehicle.bicycle')[rng.choice(3, p=[.82, .15, .03])]
     size, color = looks(rng, category)
@@ -205,9 +206,8 @@ def _leader(rng, plan: _Plan, path: Path, front: float, gap: float, free, mix: M
     s0 = front + gap + size[0] + 2.2 * max(0., plan.v0 - speed)
     v0 = min(plan.v0 * rng.uniform(.9, 1.1), v_ref[min(int(s0 / PATH_STEP_M), len(v_ref) - 1)])
     brake = {}
-    ahead = [s for _, s in free if s > front + 12]
-    if ahead and category != 'vehicle.bicycle' and rng.random() < mix.leader_brakes:
-        brake = dict(brake_at=ahead[0] if rng.random() < .6 else ahead[-1], brake_to=speed * rng.choice([0., rng.uniform(.1, .5)]),
+    if brakes and category != 'vehicle.bicycle' and rng.random() < mix.leader_brakes:
+        brake = dict(brake_at=front + rng.uniform(12, max(30., 11 * speed)), brake_to=speed * rng.choice([0., rng.uniform(.1, .5)]),
                      brake_hold_s=rng.uniform(.6, 2.5), brake_mps2=rng.uniform(2.6, 4.2))
     return _Car(Companion(s0, v0, float(size[0]), v_ref, Driver(rng.uniform(1.2, 1.9), jerk_mps3=6., hardest_mps2=4.5), leaves, **brake),
                 lane_path, category, size, color)
@@ -217,10 +217,10 @@ def _cut_in(rng, plan: _Plan, path: Path, front: float, leg: int, at: float) -> 
     size, color = looks(rng, 'vehicle.car')
     index, n = plan.layout.ego_index[leg], len(plan.layout.legs[leg].forward)
     side = 1. if index == n - 1 else -1. if index == 0 else float(rng.choice([-1., 1.]))
-    v_ref = speed_profile(path.kappa, plan.speed_mps * rng.uniform(.62, .86), 2., 1.6)
-    gap = rng.uniform(.65, 1.15) * max(plan.speed_mps, 7.)
+    v_ref = speed_profile(path.kappa, plan.speed_mps * rng.uniform(.66, .88), 2., 1.6)
+    gap = rng.uniform(.75, 1.2) * max(plan.speed_mps, 7.)
     return _Car(Companion(front + gap + size[0], plan.v0, float(size[0]), v_ref, Driver(1.8, jerk_mps3=6., hardest_mps2=2.4), cut_at=at, cut_gap_m=gap,
-                          cut_s=rng.uniform(2., 3.)), path, 'vehicle.car', size, color, side)
+                          cut_s=rng.uniform(2., 3.)), path, 'vehicle.car', size, color, side, plan.legs_s[leg][1])
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c015
 def _companions(rng: np.random.Generator, plan: _Plan, path: Path, free: list, mix: Mixture) -> list[_Car]:
@@ -234,7 +234,7 @@ def _companions(rng: np.random.Generator, plan: _Plan, path: Path, free: list, m
     if rng.random() > mix.leader: return []
     cars, gap = [], rng.uniform(5, 9) if plan.v0 < 1 else rng.uniform(9, 22)
     for _ in range(1 + (rng.random() < .3)):
-        cars.append(_leader(rng, plan, path, front, gap, free if not cars else [], mix))
+        cars.append(_leader(rng, plan, path, front, gap, not cars, mix))
         gap = cars[-1].companion.s0 - front + rng.uniform(9, 20)
     return cars[::-1]  # front to back
 
@@ -375,6 +375,7 @@ def _main_agents(plan: _Plan, run: Drive, cars: list[_Car], people: list[_Person
             begin = N_STEPS if cut is None else cut
             left = car.side * plan.layout.legs[0].width_m * (1 - quintic((np.arange(N_STEPS) - begin) * DT_S / car.companion.cut_s))
         there = s < car.path.length_m
+        if car.side and cut is None: there &= s.max() < car.leg_end_s  # it never moved over: it must not follow the ego's turn
         rows.append((car.category, car.size, car.color, vehicle_track(car.path, s, v, float(car.size[0]), left), there, (a < -.7) | (v < .2)))
     for person, step in zip(people, run.walk_steps):
         size, color = looks(rng, 'human.pedestrian.adult')

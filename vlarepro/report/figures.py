@@ -138,10 +138,11 @@ def table_bars(
                     if v.get("low") is not None: ax.plot([v["low"], v["high"]], [i, i], color=_INK, lw=1.4)
             for i, v in enumerate(x):
                 label = num(v) if values is ours or values[i] is not None else "not printed"
-                ax.annotate(label, (0, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color="white" if values[i] is not None and v else _MUTED)
+                end = max(v, values[i].get("high") or v) if isinstance(values[i], dict) else v
+                ax.annotate(label, (max(end, 0), i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=_INK if label[0] != "n" else _MUTED)
             ax.set_title(title, fontsize=9, loc="left", color=_MUTED)
             ax.set_yticks(range(len(names)), names)
-            ax.xaxis.set_major_locator(MaxNLocator(4)); ax.margins(x=0.12)
+            ax.xaxis.set_major_locator(MaxNLocator(4)); ax.margins(x=0.16)
             ax.tick_params(axis="x", labelsize=8); ax.grid(axis="x", lw=0.6); ax.set_axisbelow(True)
             sns.despine(ax=ax, left=True, bottom=True)
         fig.tight_layout(pad=0.4)

@@ -74,7 +74,7 @@ a.card:hover{border-color:var(--accent)}.card b{font-weight:620}.card .big{font-
 .claim.off .say{color:var(--soft)}
 details{margin:.25rem 0}summary{cursor:pointer;color:var(--soft);font-size:.86rem}
 .toc{columns:2 22rem;padding:0;list-style:none;font-size:.92rem}.toc li{break-inside:avoid;padding:.14rem 0}
-.nbs{columns:3 16rem;padding-left:1.1rem;font-size:.9rem}
+.nbs{columns:3 16rem;padding-left:1.1rem;font-size:.9rem}.nbs li{break-inside:avoid}
 figure{margin:1rem 0}figure.panel img{width:100%;max-width:54rem}figcaption{font-size:.86rem;color:var(--soft);max-width:74ch}
 @media(max-width:760px){main,.bar>div,footer{padding-left:1rem;padding-right:1rem}.claim{grid-template-columns:1fr}
 .claim>header{display:flex;gap:.7rem;align-items:baseline}h2{margin-top:2.3rem}.hide-s{display:none}
@@ -94,7 +94,7 @@ thead tr:first-child th:first-child{z-index:3}tbody th{font-weight:500}tbody tr:
 .c0{border-left:1px solid var(--line)}td.ours{background:var(--ours);font-weight:600}td.ours.smoke{background:var(--head);font-weight:400;font-style:italic}
 tr.ext>*{color:var(--none)}tr.ext th{font-weight:400}tr.extra th:first-child{font-style:italic}tr.group th{background:var(--head);font-size:.8rem;color:var(--soft);font-weight:600}
 .iv{display:block;font-weight:400;font-size:.78rem;color:var(--soft)}.narrow .iv{display:inline;margin-left:.55em}
-td.p{color:var(--soft)}td.made{text-align:left;white-space:normal;min-width:17rem;font-size:.8rem;color:var(--soft);border-left:1px solid var(--line)}td.made code{font-size:.95em}
+td.p{color:var(--soft)}th.made{text-align:left}td.made{text-align:left;white-space:normal;min-width:17rem;font-size:.8rem;color:var(--soft);border-left:1px solid var(--line)}td.made code{font-size:.95em}
 .sub{display:block;font-size:.78rem;font-weight:400;color:var(--soft)}
 table.plain td,table.plain th{text-align:left}table.plain td.n{text-align:right}
 """
@@ -135,7 +135,7 @@ _TABLE = """
 {% macro table(t) %}<section class="tab" id="{{ t.id }}"><header><h3>{{ t.label }}: {{ t.title }}</h3>{{ m.badge(t.status) if t.status }} {% for p in t.profiles %}{{ m.prof(p) }} {% endfor %}{{ m.stale(t.stale) }}</header>
 <p class="small">{% if t.note %}{{ t.note|capfirst }}. {% endif %}{% if t.source %}Paper values ({{ t.printed }}): {{ t.source }}.{% endif %}{% if t.kinds %} {{ t.kinds }}{% endif %}</p>
 <div class="scroll{{ ' narrow' if t.narrow }}" tabindex="0" role="region" aria-label="{{ t.label }}"><table><thead><tr><th rowspan="{{ 2 if t.span > 1 or t.profiles else 1 }}" scope="col">&nbsp;</th>
-{%- for c in t.columns %}<th class="c0" colspan="{{ t.span }}" scope="colgroup">{{ c|replace('_', ' ') }}{% if c in t.lower %}<span title="lower is better" aria-label="lower is better"> ↓</span>{% endif %}</th>{% endfor %}{% if t.any_made %}<th rowspan="2" scope="col">made by</th>{% endif %}</tr>
+{%- for c in t.columns %}<th class="c0" colspan="{{ t.span }}" scope="colgroup">{{ c|replace('_', ' ') }}{% if c in t.lower %}<span title="lower is better" aria-label="lower is better"> ↓</span>{% endif %}</th>{% endfor %}{% if t.any_made %}<th rowspan="2" scope="col" class="made">made by</th>{% endif %}</tr>
 {%- if t.span > 1 or t.profiles %}<tr>{% for c in t.columns %}{% if c in t.settings %}<th class="c0" colspan="{{ t.span }}">setting</th>{% else %}{% if t.paper_column %}<th class="c0">paper</th>{% endif %}{% for p in t.profiles %}<th class="{{ '' if t.paper_column or not loop.first else 'c0' }}">{{ p }}{{ ' (a pipeline test)' if p == 'smoke' }} <span class="hide-s">[95 %]</span></th>{% else %}{% if t.ours %}<th>reproduced</th>{% endif %}{% endfor %}{% endif %}{% endfor %}</tr>{% endif %}</thead><tbody>
 {%- for r in t.rows %}{% if r.new_group %}<tr class="group"><th scope="rowgroup">{{ r.new_group }}</th><th colspan="{{ t.columns|length * t.span + (1 if t.any_made else 0) }}"></th></tr>{% endif %}
 <tr class="{{ 'extra' if r.extra else 'ext' if not r.arm and t.ours else '' }}"><th scope="row">{{ r.name }}{% if r.sub %}<span class="sub">{{ r.sub }}</span>{% endif %}</th>{% for c in t.columns %}{{ cell(t, r, c) }}{% endfor %}{% if t.any_made %}<td class="made">{{ made(r.made_lines) }}</td>{% endif %}</tr>{% endfor %}
@@ -189,11 +189,12 @@ def _seeds(s) -> str:
 
 def cell_text(
     x: "float | None",      # a value
-    decimals: int,          # digits that the paper prints in this column
+    decimals: "int | None",  # digits that the paper prints in this column; None: as the value comes
     printed: bool = False,  # a printed value: exactly these digits; ours: as many as its size deserves, not fewer
 ) -> str:
     "Print the value of a cell so that a column lines up."
     if x is None: return "–"
+    if decimals is None: return num(x)
     if not printed:
         if x and abs(x) < 0.0005: return num(x)
         decimals = max(decimals, 3 if abs(x) < 1 else 2 if abs(x) < 10 else 1) if x != int(x) else decimals
@@ -221,6 +222,13 @@ _KIND_LINE = {"quality": "", "cost": "Cost of true-size architectures, not of th
               "mixed": "Quality columns come from trained models, times from true-size architectures."}
 
 
+def _digits(values: list) -> "int | None":
+    "Digits after the point of a printed column; None where its rows have different units, so that each keeps its own."
+    size = [abs(v) for v in values if v]
+    if size and max(size) > 250 * min(size): return None
+    return max((len(str(v).partition(".")[2].rstrip("0")) for v in values), default=0)
+
+
 def table_view(
     t: dict,                # a reference table, or a stand-in for a table that only we have
     by_profile: dict,       # profile -> result
@@ -238,11 +246,11 @@ def table_view(
     ours, judged = t["role"] == "ours", [p for p in profs if p != "smoke"] or profs
     paper_column = any(v is not None for r in t["rows"] for v in r["values"].values()) or not profs
     kinds = {r["kind"] for r in t["rows"]}
-    digits = lambda c: max((len(str(r["values"][c]).partition(".")[2].rstrip("0")) for r in t["rows"] if r["values"][c] is not None), default=0)
+    digits = {c: _digits([r["values"][c] for r in t["rows"] if r["values"][c] is not None]) for c in t["columns"]}
     return {"id": "t-" + slug(t["table"]), "label": f"Table {t['table']}" if re.match(r"\d", t["table"]) else t["table"], "title": t["title"],
             "status": max((status(t, by_profile[p]) for p in judged), key=("missing", "partial", "regenerated").index, default="missing") if ours and t["rows"] else None,
             "stale": any((current or {}).get(p, stale(provenances.get(p, {}))) for p in profs), "note": t.get("note"), "source": t.get("source"), "printed": t.get("status"),
-            "kinds": _KIND_LINE[next(iter(kinds))] if ours and len(kinds) == 1 else "", "columns": t["columns"], "decimals": {c: digits(c) for c in t["columns"]}, "settings": t.get("settings", []),
+            "kinds": _KIND_LINE[next(iter(kinds))] if ours and len(kinds) == 1 else "", "columns": t["columns"], "decimals": digits, "settings": t.get("settings", []),
             "lower": t.get("lower_is_better", []), "profiles": profs, "paper_column": paper_column, "ours": ours,
             "span": max(1, int(paper_column) + (len(profs) or int(ours))), "narrow": len(t["columns"]) * max(1, len(profs)) <= 4,
             "rows": rows, "any_made": any(r["made_lines"] for r in rows), "has_external": ours and any(r["arm"] is None and not r["extra"] for r in rows), "bars": []}
@@ -284,7 +292,7 @@ def notebook_title(nb: dict, fallback: str) -> str:  # the first heading
     "Find a notebook's title."
     for c in nb["cells"]:
         hit = re.search(r"^# +(.+)$", "".join(c["source"]), re.M) if c["cell_type"] == "markdown" else None
-        if hit: return hit.group(1).strip()
+        if hit: return hit.group(1).strip().replace("`", "")
     return fallback
 
 
@@ -420,10 +428,15 @@ def _index_page(s: _Site, notebooks: list):
            "label": label(t["table"]), "href": f"{t['paper']}.html#t-{slug(t['table'])}"} for t in mine], notebooks=[(n, items) for n, items in notebooks if items])
 
 # %% ../../nbs/90_report/50_site.ipynb #c028
+_OTHERS = {"proxy-alpamayo-dflash": "Alpamayo DFlash (a proxy)", "autovla": "AutoVLA", "recogdrive": "ReCogDrive", "alpamayo-r1": "Alpamayo-R1",
+           "adathinkdrive": "AdaThinkDrive", "onevl": "OneVL", "surds": "SURDS"}
+
+
 def _other_pages(s: _Site):
     "Write the pages of baselines and of real samples."
     groups = [table_view({**t, "table": f"{t['paper']} {t['table']}"}, {}, {}) for t in s.tables if t["role"] != "ours" and t["paper"] not in PAPERS]
-    for v in groups: v["label"] = v["id"][2:].replace("-", " ")
+    for v, t in zip(groups, (t for t in s.tables if t["role"] != "ours" and t["paper"] not in PAPERS), strict=True):
+        v["label"] = f"{_OTHERS.get(t['paper'], t['paper'])}, {'Table ' if re.match(r'[0-9IVP]', t['table']) else ''}{t['table']}"
     s.page("paper", "baselines.html", title="Baselines and proxies", lead="Printed numbers of other work, for orientation; never regenerated.", ours=False, provenance=[],
            toc=True, claims=[], tables=groups, beyond=[], pictures=[], notebooks=[])
     if not s.real: return

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECISIONS', 'draw_scene', 'example_of', 'cv_yaw_rate', 'kinematic_gap', 'critical_share', 'event_flags',
-           'decision_flags']
+           'decision_flags', 'trigger_distances']
 
 # %% ../../nbs/10_world/45_birdseye.ipynb #c003
 import numpy as np
@@ -127,3 +127,20 @@ def decision_flags(
         elif e.kind == 'obstacle': mark('obstacle', e.t_start_s - ahead_s, e.t_start_s + .5)
         elif e.kind in DECISIONS: mark(e.kind, e.t_start_s, e.t_start_s + seen_s)
     return out
+
+# %% ../../nbs/10_world/45_birdseye.ipynb #c023
+def trigger_distances(scenes: list[Scene]) -> dict[str, np.ndarray]:
+    "Distance [m] to the cause of each event when it starts."
+    out = {k: [] for k in EVENT_KINDS if k != 'turn'}
+    for scene in scenes:
+        lamps = [s for s in scene.road.signals if any(i in s.lanes for i in scene.route)]
+        for e in scene.events:
+            if e.kind == 'turn' or e.t_start_s == 0 or (e.agent is None and not lamps): continue
+            k = int(round(e.t_start_s / DT_S))
+            if e.kind == 'red_light' and (scene.signal_state[k] == scene.signal_state[k - 1]).all(): continue  # was red before
+            if e.agent is not None: at = scene.agents[e.agent].track[k, None, :2]
+            else: at = np.stack([s.xyz[:2] for s in lamps if e.kind == 'red_light'] or [np.full(2, np.inf)])
+            d = at - scene.ego[k, :2]
+            ahead = d @ np.array([np.cos(scene.ego[k, 2]), np.sin(scene.ego[k, 2])])
+            if (ahead > 0).any() and np.isfinite(d).all(): out[e.kind].append(np.hypot(*d[ahead > 0].T).min())
+    return {k: np.array(v) for k, v in out.items()}

@@ -54,7 +54,7 @@ class Companion:
     cut_s: float = 2.4       # duration of the lane change
 
 # %% ../../nbs/10_world/30_expert.ipynb #c008
-def stopping_distance(v: float, brake_mps2: float = 2.6) -> float:
+def stopping_distance(v: float, brake_mps2: float = 3.) -> float:
     "Reaction, build-up of braking, and braking [m]."
     return v * (REACTION_S + .45) + v * v / (2 * brake_mps2) + 2.
 

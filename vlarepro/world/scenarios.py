@@ -138,7 +138,7 @@ def _lights(rng: np.random.Generator, plan: _Plan, path: Path, mix: Mixture) -> 
         u = rng.random()
         mode = 'sudden' if u < mix.light_sudden else 'release' if u < mix.light_sudden + mix.light_release else 'green'
         if plan.waits and i == 0: light = Light(mouth - STOP_LINE_M, 'release', 0., rng.uniform(2., 10.))
-        elif mode == 'sudden': light = Light(mouth - STOP_LINE_M, mode, rng.uniform(1.02, 1.45), rng.uniform(4., 10.))
+        elif mode == 'sudden': light = Light(mouth - STOP_LINE_M, mode, rng.uniform(.98, 1.3), rng.uniform(4., 10.))
         else: light = Light(mouth - STOP_LINE_M, mode, rng.uniform(8, 42), rng.uniform(1., 6.))
         lights.append(light); which.append(i)
     check_lights(lights)
@@ -168,7 +168,7 @@ def _people(rng: np.random.Generator, plan: _Plan, path: Path, mix: Mixture) -> 
         a, b = (right, left) if side == 'right' else (left, right)
         j = at + rng.uniform(-.8, .8)
         near_edge = path.project(_on_leg(plan, leg, at, lane)[:2]) - 1.6
-        walker = Walker(near_edge, bool(rng.random() < mix.walker_crosses), rng.uniform(1., 1.4), to_clear[side] / speed)
+        walker = Walker(near_edge, bool(rng.random() < mix.walker_crosses), rng.uniform(1., 1.3), to_clear[side] / speed)
         out.append(_Person(walker, _on_leg(plan, leg, j, a)[:2], _on_leg(plan, leg, j, b)[:2], speed))
     return out
 
@@ -408,7 +408,7 @@ def _events(plan: _Plan, path: Path, run: Drive, cars, people, lights, turns, id
         if light.mode == 'sudden' and trigger is not None:
             out.append(Event('red_light', trigger * DT_S, 20. if release is None else release * DT_S, None))
         if light.mode == 'release' and at(light.stop_s - 45) < 20. and run.s[-1] + 45 > light.stop_s:
-            out.append(Event('red_light', at(light.stop_s - 45), 20. if release is None else release * DT_S + 1., None))
+            out.append(Event('red_light', at(light.stop_s - 45), 20. if release is None else min(20., release * DT_S + 1.), None))
     for i, (car, cut, brake) in enumerate(zip(cars, run.cut_steps, run.brake_steps)):
         if cut is not None: out.append(Event('cut_in', cut * DT_S, min(20., cut * DT_S + car.companion.cut_s + 1), ids.get(i)))
         if brake is not None and run.companions[i][0][brake] < car.companion.leaves_s and run.companions[i][0][brake] - run.s[brake] < 45:

@@ -1,0 +1,118 @@
+"""The whole pipeline in the smoke profile, as `make test` ran it just before: what it left, and what a second run does.
+
+The copy lies in scratch/profiles/smoke (tools/repro_profile.py). Without it these tests skip, and `make test` never lets that happen."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "scratch" / "profiles" / "smoke"
+ENV = {**os.environ, "PYTHONPATH": str(COPY), "DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+pytestmark = [
+    pytest.mark.skipif(not (COPY / "report" / "index.html").exists(), reason="run `python tools/repro_profile.py smoke` first"),
+    pytest.mark.xdist_group("smoke"),
+]
+
+
+def dvc(*args, cwd=COPY):
+    return subprocess.run(["dvc", *args], cwd=cwd, env=ENV, capture_output=True, text=True)
+
+
+@pytest.fixture()
+def copy(tmp_path):
+    "A throw-away copy of the finished smoke run, to disturb."
+    d = tmp_path / "copy"
+    shutil.copytree(COPY, d, symlinks=True, ignore=shutil.ignore_patterns("tmp"))
+    (d / ".dvc" / "tmp").mkdir(exist_ok=True)
+    return d
+
+
+def changed_stages(cwd):
+    "Stages whose dependencies differ now."
+    r = subprocess.run(["dvc", "status", "--json"], cwd=cwd, env={**ENV, "PYTHONPATH": str(cwd)}, capture_output=True, text=True, check=True)
+    return set(json.loads(r.stdout))
+
+
+def test_nothing_changed_runs_nothing():
+    r = dvc("repro")
+    assert r.returncode == 0, r.stderr
+    assert "Running stage" not in r.stdout
+
+
+def test_tables_and_provenance_are_there():
+    results = COPY / "results" / "smoke" / "ikvla"
+    tables = {p.stem: json.loads(p.read_text()) for p in (results / "tables").glob("*.json")}
+    assert set(tables) == {"3", "5-ablation", "11"}
+    for t in tables.values():
+        assert t["profile"] == "smoke" and all(v["value"] is not None for r in t["rows"] for v in r["values"].values())
+    prov = json.loads((results / "provenance.json").read_text())
+    assert prov["profile"] == "smoke" and prov["device"] and all(len(s["code"]) == 12 for s in prov["stages"].values())
+    assert json.loads((results / "claims.json").read_text()) == [], "smoke gives no verdicts"
+
+
+def test_report_is_sound_and_offline():
+    from vlarepro.report.site import check_site
+
+    assert check_site(COPY / "report") == []
+
+
+def test_every_arm_planned_every_sample():
+    from vlarepro.data.table import load_table
+    from vlarepro.evaluation.predictions import load_predictions
+
+    val = load_table(COPY / "runs/smoke/prepare/table.npz").split("val")
+    files = sorted((COPY / "runs/smoke/ikvla/evaluate").glob("*/predictions.npz"))
+    p = load_predictions(files, val["token"])
+    assert {"ikvla", "ikvla_wo_nsp", "ikvla_wo_ik", "ikvla_wo_diffusion", "opendrivevla", "ego_text_only", "oracle_next", "shuffled_next", "blind_nsp"} <= set(p.plans)
+
+
+def test_prose_reruns_nothing(copy):
+    "A sentence in a library notebook and one in a run-notebook: only the fingerprints are made anew, and they come out equal."
+    for name in ("nbs/30_scoring/10_displacement.ipynb", "nbs/runs/40_sft_ikvla.ipynb"):
+        nb = json.loads((copy / name).read_text())
+        nb["cells"].insert(1, {"cell_type": "markdown", "id": "prose", "metadata": {}, "source": ["One more sentence.\n"]})
+        (copy / name).write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=copy, check=True, capture_output=True)
+    before = {p.name: p.read_bytes() for p in (copy / "build/code").iterdir()}
+    r = subprocess.run(["dvc", "repro", "code"], cwd=copy, env={**ENV, "PYTHONPATH": str(copy)}, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert {p.name: p.read_bytes() for p in (copy / "build/code").iterdir()} == before
+    assert changed_stages(copy) == set()
+
+
+def test_one_groups_settings_touch_that_group_alone(copy):
+    path = copy / "configs" / "ikvla.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["smoke"]["text"]["settings"]["language"]["lr"] *= 2
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert changed_stages(copy) == {"sft-ikvla@smoke-text", "evaluate-ikvla@smoke-text"}
+
+
+def test_code_of_one_method_touches_its_stages_alone(copy):
+    "A change in the scoring code reruns tables (and the gate's statistics), never a training."
+    path = copy / "vlarepro" / "scoring" / "openloop.py"
+    path.write_text(path.read_text() + "\nCHANGED = 1\n")
+    r = subprocess.run(["dvc", "repro", "code"], cwd=copy, env={**ENV, "PYTHONPATH": str(copy)}, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    touched = changed_stages(copy)
+    assert "tables-ikvla@smoke" in touched
+    assert not {s for s in touched if s.startswith(("sft", "encoder", "embedded", "prepare"))}
+
+
+def test_checkout_stays_as_it_was():
+    "The smoke run leaves no trace outside scratch/."
+    assert "active: [smoke]" not in (ROOT / "params.yaml").read_text()
+    assert not (ROOT / "results" / "smoke").exists()
+
+
+def test_an_unknown_profile_is_refused():
+    r = subprocess.run([sys.executable, "tools/repro_profile.py", "smokey"], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 2 and "did you mean 'smoke'" in r.stderr

@@ -37,7 +37,8 @@ def copy(tmp_path):
 
 def changed_stages(cwd):
     "Stages whose dependencies differ now."
-    r = subprocess.run(["dvc", "status", "--json"], cwd=cwd, env={**ENV, "PYTHONPATH": str(cwd)}, capture_output=True, text=True, check=True)
+    env = {**ENV, "PYTHONPATH": str(cwd)}
+    r = subprocess.run(["dvc", "status", "--json"], cwd=cwd, env=env, capture_output=True, text=True, check=True)
     return set(json.loads(r.stdout))
 
 
@@ -71,11 +72,12 @@ def test_every_arm_planned_every_sample():
     val = load_table(COPY / "runs/smoke/prepare/table.npz").split("val")
     files = sorted((COPY / "runs/smoke/ikvla/evaluate").glob("*/predictions.npz"))
     p = load_predictions(files, val["token"])
-    assert {"ikvla", "ikvla_wo_nsp", "ikvla_wo_ik", "ikvla_wo_diffusion", "opendrivevla", "ego_text_only", "oracle_next", "shuffled_next", "blind_nsp"} <= set(p.plans)
+    ablations = {"ikvla", "ikvla_wo_nsp", "ikvla_wo_ik", "ikvla_wo_diffusion"}
+    assert ablations | {"opendrivevla", "ego_text_only", "oracle_next", "shuffled_next", "blind_nsp", "direct_blind", "cv"} <= set(p.plans)
 
 
 def test_prose_reruns_nothing(copy):
-    "A sentence in a library notebook and one in a run-notebook: only the fingerprints are made anew, and they come out equal."
+    "A sentence in a library notebook and one in a run-notebook: the fingerprints come out equal."
     for name in ("nbs/30_scoring/10_displacement.ipynb", "nbs/runs/40_sft_ikvla.ipynb"):
         nb = json.loads((copy / name).read_text())
         nb["cells"].insert(1, {"cell_type": "markdown", "id": "prose", "metadata": {}, "source": ["One more sentence.\n"]})

@@ -159,7 +159,7 @@ def _tables(v_ref: np.ndarray) -> tuple[list, list]:
 def _step_walkers(k, front, v, walkers, walk, cars) -> None:
     "A pedestrian steps out when the ego is near and nobody is between."
     for i, w in enumerate(walkers):
-        if walk[i] is None and w.crosses and .97 < (w.s - 1. - front) / stopping_distance(v) < w.near:
+        if walk[i] is None and w.crosses and .92 < (w.s - 1. - front) / stopping_distance(v) < w.near:
             if all(not (front < c.s < w.s + 6 + c.c.length_m) for c in cars): walk[i] = k
 
 def _stop_gap(k, front, v, machines, walkers, walk) -> float:

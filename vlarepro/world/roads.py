@@ -458,6 +458,10 @@ def add_props(rng: np.random.Generator, b: RoadBuilder) -> list[Prop]:
     far = np.hypot(pose[:, None, 0] - paved[:, 0], pose[:, None, 1] - paved[:, 1])
     clear = (far - reach - need[:, None]).min(1) > np.where(big, -2.5, -.3)
     clear &= ~_overlapping(pose[:, :2], size, big & clear)
+    if b.crosswalks:  # who waits at a crosswalk must not stand behind a tree
+        ends = np.concatenate([(p[[0, 1]] + p[[3, 2]]) / 2 for p in b.crosswalks])
+        d = np.hypot(pose[:, None, 0] - ends[:, 0], pose[:, None, 1] - ends[:, 1]).min(1)
+        clear &= big | (d > np.where(size[:, 0] < .3, 4., 11.))
     z = np.zeros(1)
     return [Prop(r[0], np.concatenate([p[:2], z]), s, float(p[2]), np.asarray(r[4], np.uint8))
             for r, p, s, ok in zip(rows, pose, size, clear) if ok]

@@ -29,7 +29,7 @@ class Mixture:
     light_sudden: float = .40      # the light turns red in front of the ego
     light_release: float = .24     # it is red and turns green
     walker: float = .9            # somebody stands at a crosswalk ...
-    walker_crosses: float = .56    # ... and steps out
+    walker_crosses: float = .64    # ... and steps out
     obstacle: float = .20          # a slot on a leg holds an obstacle in the lane
     beside: float = .22            # ... or one that stands harmlessly beside it
     leader: float = .55            # the drive begins behind somebody
@@ -138,7 +138,7 @@ def _lights(rng: np.random.Generator, plan: _Plan, path: Path, mix: Mixture) -> 
         u = rng.random()
         mode = 'sudden' if u < mix.light_sudden else 'release' if u < mix.light_sudden + mix.light_release else 'green'
         if plan.waits and i == 0: light = Light(mouth - STOP_LINE_M, 'release', 0., rng.uniform(2., 10.))
-        elif mode == 'sudden': light = Light(mouth - STOP_LINE_M, mode, rng.uniform(.98, 1.3), rng.uniform(4., 10.))
+        elif mode == 'sudden': light = Light(mouth - STOP_LINE_M, mode, rng.uniform(.95, 1.2), rng.uniform(4., 10.))
         else: light = Light(mouth - STOP_LINE_M, mode, rng.uniform(8, 42), rng.uniform(1., 6.))
         lights.append(light); which.append(i)
     check_lights(lights)
@@ -151,6 +151,7 @@ class _Person:
     start: np.ndarray
     end: np.ndarray
     speed_mps: float
+    others: list[np.ndarray] = field(default_factory=list)  # shifts of those who walk along [m]
 
 def _people(rng: np.random.Generator, plan: _Plan, path: Path, mix: Mixture) -> list[_Person]:
     "Who stands at the crosswalks away from junctions."
@@ -166,10 +167,13 @@ def _people(rng: np.random.Generator, plan: _Plan, path: Path, mix: Mixture) -> 
         to_clear = {'right': lane - right + w / 2 + .6, 'left': left - lane + w / 2 + .6}
         side = 'right' if rng.random() < .6 or to_clear['left'] / speed > 6.5 else 'left'
         a, b = (right, left) if side == 'right' else (left, right)
-        j = at + rng.uniform(-.8, .8)
+        j = at + rng.uniform(-.5, .5)
         near_edge = path.project(_on_leg(plan, leg, at, lane)[:2]) - 1.6
-        walker = Walker(near_edge, bool(rng.random() < mix.walker_crosses), rng.uniform(1., 1.3), to_clear[side] / speed)
-        out.append(_Person(walker, _on_leg(plan, leg, j, a)[:2], _on_leg(plan, leg, j, b)[:2], speed))
+        walker = Walker(near_edge, bool(rng.random() < mix.walker_crosses), rng.uniform(.95, 1.12), to_clear[side] / speed)
+        start = _on_leg(plan, leg, j, a)
+        along = np.array([np.cos(start[2]), np.sin(start[2])])
+        others = [along * d + rng.normal(0, .05, 2) for d in (.95, -.95)[:int(rng.choice(3, p=[.4, .35, .25]))]]
+        out.append(_Person(walker, start[:2], _on_leg(plan, leg, j, b)[:2], speed, others))
     return out
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c014
@@ -375,7 +379,7 @@ def _main_agents(plan: _Plan, run: Drive, cars: list[_Car], people: list[_Person
             begin = N_STEPS if cut is None else cut
             left = car.side * plan.layout.legs[0].width_m * (1 - quintic((np.arange(N_STEPS) - begin) * DT_S / car.companion.cut_s))
         there = s < car.path.length_m
-        if car.side and cut is None: there &= s.max() < car.leg_end_s  # it never moved over: it must not follow the ego's turn
+        if car.side and cut is None: there &= s.max() < car.leg_end_s and not plan.detours  # it never moved over: it must not follow the ego's turns
         rows.append((car.category, car.size, car.color, vehicle_track(car.path, s, v, float(car.size[0]), left), there, (a < -.7) | (v < .2)))
     for person, step in zip(people, run.walk_steps):
         size, color = looks(rng, 'human.pedestrian.adult')
@@ -384,6 +388,11 @@ def _main_agents(plan: _Plan, run: Drive, cars: list[_Car], people: list[_Person
     for category, pose, _ in plan.props:
         size, color = looks(rng, category)
         rows.append((category, size, color, standing_track(pose), always, ~always))
+    for person, step in zip(people, run.walk_steps):  # last, so that the rows before keep their places
+        for shift in person.others:
+            size, color = looks(rng, 'human.pedestrian.adult')
+            track = crossing_track(person.start + shift, person.end + shift, person.speed_mps, step)
+            rows.append(('human.pedestrian.adult', size, color, track, always, ~always))
     return rows
 
 def _strollers(rng, plan: _Plan, n: int) -> list[tuple]:
@@ -441,7 +450,10 @@ def make_scene(
     people = _people(rng, plan, path, mixture)
     cars = _companions(rng, plan, path, free, mixture)
     ego_driver = Driver(rng.uniform(1.2, 2.), 2., rng.uniform(1., 1.5), 2.5)
-    v_ref = speed_profile(path.kappa, plan.speed_mps, plan.lateral_mps2, 1.6)
+    limit = np.full(len(path.kappa), plan.speed_mps)
+    for p in people:  # a driver slows where people wait at the kerb, whether they will cross or not
+        limit[max(0, int((p.walker.s - EGO_FRONT_M - 26) / PATH_STEP_M)):int((p.walker.s - EGO_FRONT_M + 4) / PATH_STEP_M)] = min(plan.speed_mps, 8.)
+    v_ref = speed_profile(path.kappa, limit, plan.lateral_mps2, 1.6)
     run = simulate(v_ref, plan.s0, plan.v0, ego_driver, lights, [p.walker for p in people], [c.companion for c in cars])
     ego = ego_states(path, run)
     lanes = layout.road.lanes

@@ -27,7 +27,7 @@ from vlarepro.models.visual_encoder import EncoderConfig, VisualEncoder, drop_vi
 
 CFG = EncoderConfig((32, 64), 3, (8, 8, 8, 16, 16), (1, 2), 8, 16)
 FIT = EncoderFit(steps=10, batch=8, lr=3e-3, weight_decay=0.01, warmup=2, p_front_only=0.2, p_each_view=0.1,
-                 w_seg=1.0, w_depth=1.0, w_motion=1.0, mask_block=8, mask_share=0.5, save_every=4)
+                 p_mirror=0.5, w_seg=1.0, w_depth=1.0, w_motion=1.0, mask_block=8, mask_share=0.5, save_every=4)
 
 
 @pytest.fixture(scope="module")

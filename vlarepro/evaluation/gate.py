@@ -53,12 +53,13 @@ def gate_data(
     if not train.any(): raise ValueError("gate: the table has no sample of split 'train'")
     if not table["future_valid"].all(): raise ValueError(f"gate: {int((~table['future_valid'].all(1)).sum())} samples have an incomplete future: build the table with complete=True")
     if table["next_keyframe"].max() >= len(features): raise ValueError(f"gate: the table names keyframe {table['next_keyframe'].max()}, the feature cache has {len(features)}: they belong to different worlds")
-    past = np.where(table["history_valid"][..., None], table["history"], 0).reshape(len(split), -1)
+    e = table["ego"].astype(np.float64)
+    arc = lambda t_s: arc_path(e[:, 0], e[:, 1], e[:, 4], t_s, table["point_x_m"])
+    past = np.where(table["history_valid"][..., None], table["history"] - arc(-DT_S * np.arange(4, 0, -1)), 0).reshape(len(split), -1)
     parts = dict(ego=table["ego"], history=np.concatenate([past, table["history_valid"]], 1), command=np.eye(len(COMMANDS))[table["command"].astype(int)])
     x = np.concatenate([parts[k] for k in columns], 1).astype(np.float64)
-    x = (x - x[train].mean(0)) / np.maximum(x[train].std(0), 1e-3)
-    e = table["ego"].astype(np.float64)
-    base = arc_path(e[:, 0], e[:, 1], e[:, 4], DT_S * np.arange(1, 7), table["point_x_m"])[..., :2]
+    x = (x - x[train].mean(0)) / np.maximum(x[train].std(0), 1e-4)
+    base = arc(DT_S * np.arange(1, 7))[..., :2]
     f32, i64 = lambda a: torch.as_tensor(a, dtype=torch.float32), lambda a: torch.as_tensor(a.astype(np.int64))
     return GateData(f32(x), torch.as_tensor(np.asarray(features)), i64(table["keyframe"]), i64(table["next_keyframe"]), f32(table["future"][..., :2]), f32(base),
                     table["cv_gap"], event_strata(table), table["scene_index"], split)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'FEATURES', 'FEATURES_FRONT', 'FEATURES_META', 'KeyframeSet', 'neighbours', 'motion_targets',
-           'EncoderFit', 'make_heads', 'batch_rows', 'encoder_loss', 'train_encoder', 'encode_rows', 'encode_keyframes',
-           'load_features', 'encode_images', 'motion_probe']
+           'EncoderFit', 'make_heads', 'batch_rows', 'mirrored', 'encoder_loss', 'train_encoder', 'encode_rows',
+           'encode_keyframes', 'load_features', 'encode_images', 'motion_probe']
 
 # %% ../../nbs/40_models/25_features.ipynb #c003
 import io
@@ -83,6 +83,7 @@ class EncoderFit:
     warmup: int            # steps of linear warm-up, then cosine to zero
     p_front_only: float    # share of samples without side cameras
     p_each_view: float     # chance that one side camera is dropped on its own
+    p_mirror: float        # chance that a batch is mirrored left to right
     w_seg: float           # weights of the supervised losses
     w_depth: float
     w_motion: float
@@ -123,6 +124,20 @@ def batch_rows(
     return np.sort(rows[order[k * batch : (k + 1) * batch]])
 
 
+def mirrored(
+    data: KeyframeSet,
+    rows: Int[np.ndarray, " b"],
+    flip: bool,               # False: as they are
+) -> tuple:                   # pairs, following frame, seg, depth, motion; the last three None without labels
+    "A batch, or its mirror image: cameras change sides, columns turn round, sideways motion changes its sign. Doubles the bends to learn from."
+    t = lambda a: None if a is None else torch.from_numpy(np.ascontiguousarray(a[rows]))
+    pairs, then, seg, depth, motion = data.pairs(rows), torch.from_numpy(data.images[data.following[rows]]), t(data.seg), t(data.depth), t(data.motion)
+    if not flip: return pairs, then, seg, depth, motion
+    turn = lambda x, v, w: None if x is None else x.flip(v, w)
+    sign = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0])  # MOTION_COLUMNS: dy, dyaw and the yaw rate change sides
+    return turn(pairs, 2, 4), turn(then, 1, 3), turn(seg, 1, 3), turn(depth, 1, 3), None if motion is None else motion * sign
+
+
 def encoder_loss(
     encoder: VisualEncoder,
     heads,                          # from `make_heads`
@@ -133,13 +148,11 @@ def encoder_loss(
 ) -> tuple:                         # (total, {name: loss})
     "One batch's loss."
     valid = drop_views(len(rows), encoder.cfg.views, 1, fit.p_front_only, fit.p_each_view, generator)
-    pairs = data.pairs(rows)
+    pairs, then, *labels = mirrored(data, rows, bool(torch.rand((), generator=generator) < fit.p_mirror))
     if isinstance(heads, MultiTaskHeads):
-        t = [torch.from_numpy(np.ascontiguousarray(a[rows])) for a in (data.seg, data.depth, data.motion)]
-        losses = heads.losses(encoder(pairs, valid), *t, valid)
+        losses = heads.losses(encoder(pairs, valid), *labels, valid)
         return fit.w_seg * losses["seg"] + fit.w_depth * losses["depth"] + fit.w_motion * losses["motion"], losses
     masked = mask_blocks(pairs, fit.mask_block, fit.mask_share, generator)
-    then = torch.from_numpy(data.images[data.following[rows]])
     losses = heads.losses(encoder(masked, valid), pairs[:, 1], then, torch.from_numpy(data.following[rows] != rows), valid)
     return losses["now"] + losses["next"], losses
 
@@ -190,7 +203,7 @@ def train_encoder(
         if resume and (step + 1) % fit.save_every == 0: _save_resume(resume, key, step + 1, (encoder, heads, opt), history)
     return encoder.eval(), heads.eval(), history
 
-# %% ../../nbs/40_models/25_features.ipynb #c018
+# %% ../../nbs/40_models/25_features.ipynb #c020
 FEATURES, FEATURES_FRONT, FEATURES_META = "features.npy", "features_front.npy", "features.json"
 
 
@@ -249,7 +262,7 @@ def load_features(
     if list(a.shape) != meta["shape"]: raise ValueError(f"{folder}: features have shape {list(a.shape)}, {FEATURES_META} says {meta['shape']}: run the encoder stage again")
     return a
 
-# %% ../../nbs/40_models/25_features.ipynb #c021
+# %% ../../nbs/40_models/25_features.ipynb #c023
 def encode_images(
     encoder: VisualEncoder,                # from `load_encoder`
     images: UInt8[np.ndarray, "b 2 v h w 3"],  # 0.5 s ago, now
@@ -259,7 +272,7 @@ def encode_images(
     if not np.asarray(view_valid).any(1).all(): raise ValueError("view_valid: a sample without any camera cannot be encoded")
     with torch.inference_mode(): return encoder.standardised(encoder(torch.as_tensor(images), torch.as_tensor(view_valid)))
 
-# %% ../../nbs/40_models/25_features.ipynb #c024
+# %% ../../nbs/40_models/25_features.ipynb #c026
 def motion_probe(
     features: Float[np.ndarray, "n tokens d"],
     motion: Float[np.ndarray, "n 5"],        # MOTION_COLUMNS

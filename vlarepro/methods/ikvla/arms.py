@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import nn
 
 from ...core.params import nearest
-from .ik_network import CrossBlock, IKNetwork, StateTokens, ik_plan, to_path, to_steps
+from .ik_network import CrossBlock, IKNetwork, StateTokens, ik_plan, point_codes, to_path, to_steps
 from .model import EGO_WIDTH
 from .visual_state import StateShape
 from ...models.diffusion import Normaliser
@@ -39,7 +39,7 @@ class PoolHead(Regressor):
     "Learnable-query cross-attention pooling, then an MLP (Tab. 5, w/o diffusion)."
     def __init__(self, shape: StateShape, width: int, heads: int, blocks: int = 2, points: int = 6):
         super().__init__(points)
-        self.tokens, self.query = StateTokens(shape, width), nn.Parameter(0.5 * torch.randn(points, width))
+        self.tokens, self.query = StateTokens(shape, width), nn.Parameter(point_codes(points, width))
         self.blocks = nn.ModuleList([CrossBlock(width, heads) for _ in range(blocks)])
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Flatten(), nn.Linear(points * width, width), nn.GELU(), nn.Linear(width, 2 * points))
 
@@ -83,11 +83,12 @@ class DirectHead(Regressor):
         super().__init__(points)
         self.sees, self.shape = sees, shape
         self.cell = nn.Linear(shape.feature_width, 16) if sees else None
+        self.scale = Normaliser((EGO_WIDTH,))  # of the ego inputs, fitted by the task
         n = EGO_WIDTH + 4 + (16 * shape.n_tokens if sees else 0)
         self.mlp = nn.Sequential(nn.Linear(n, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 2 * points))
 
-    def forward(self, features: Float[torch.Tensor, "b n d"], ego: Float[torch.Tensor, "b e"], command: torch.Tensor):
-        x = [ego, nn.functional.one_hot(command, 4).to(ego.dtype)]
+    def forward(self, features: "Float[torch.Tensor, 'b n d'] | None", ego: Float[torch.Tensor, "b e"], command: torch.Tensor):
+        x = [self.scale(ego).clamp(-8, 8), nn.functional.one_hot(command, 4).to(ego.dtype)]
         if self.sees: x.append(nn.functional.gelu(self.cell(features)).flatten(1))
         return self.mlp(torch.cat(x, -1))
 

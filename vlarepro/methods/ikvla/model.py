@@ -17,8 +17,10 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from ...core.params import nearest
+from ...data.planner import arc_path
 from .visual_state import Projector, StateShape
 from ...models.backbones import build_llm, seeded
+from ...models.diffusion import Normaliser
 
 # %% ../../../nbs/60_methods/ikvla/30_model.ipynb #c006
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<scene_start>", "<scene_end>", "<SCENE>", "<ego_start>", "<ego_end>", "<EGO>",
@@ -138,13 +140,16 @@ EGO_WIDTH = 6 + 6 + 4 * 3 + 4
 
 
 def ego_inputs(
-    ego: Float[torch.Tensor, "b 6"], ego_valid: Bool[torch.Tensor, "b 6"],
-    history: Float[torch.Tensor, "b 4 3"], history_valid: Bool[torch.Tensor, "b 4"],
-) -> Float[torch.Tensor, "b e"]:  # EGO_WIDTH numbers of order 1
-    "Ego status and history as one vector; what is invalid is zero and flagged."
-    e = torch.where(ego_valid, ego, 0.0) / ego.new_tensor(EGO_SCALE)
-    h = torch.where(history_valid[..., None], history, 0.0) / history.new_tensor([10.0, 1.0, 0.3])
-    return torch.cat([e, ego_valid.float(), h.flatten(1), history_valid.float()], -1)
+    ego: Float[np.ndarray, "b 6"], ego_valid: Bool[np.ndarray, "b 6"],
+    history: Float[np.ndarray, "b 4 3"], history_valid: Bool[np.ndarray, "b 4"],
+    point_x_m: Float[np.ndarray, " b"],  # the path's point ahead of the rear axle [m]
+) -> Float[torch.Tensor, "b e"]:         # EGO_WIDTH numbers of order 1
+    "Ego status, and the history relative to the constant-velocity-and-yaw-rate arc through it; what is invalid is zero and flagged."
+    e = np.where(ego_valid, ego, 0.0)
+    arc = arc_path(e[:, 0], e[:, 1], e[:, 4], -0.5 * np.arange(4, 0, -1), point_x_m)
+    h = np.where(history_valid[..., None], history - arc, 0.0) / [0.5, 0.3, 0.1]
+    parts = [e / EGO_SCALE, ego_valid, h.reshape(len(h), -1).clip(-10, 10), history_valid]
+    return torch.as_tensor(np.concatenate(parts, 1), dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -186,6 +191,7 @@ class DrivingLLM(nn.Module):
             self.horizon = nn.Parameter(0.1 * torch.randn(shape.h, w))
             self.read = nn.Linear(w, w)
         seeded(parts, seed + 1)
+        self.scale = Normaliser((EGO_WIDTH,))  # of the ego inputs, fitted by the task
 
 # %% ../../../nbs/60_methods/ikvla/30_model.ipynb #c020
 @patch
@@ -202,7 +208,7 @@ def embed(
         if bool((where.sum(1) != count).any()): raise ValueError(f"the prompt has {where.sum(1).tolist()[:4]} {kind} tokens, the model fills {count}: build it with the model's shape")
         return where
     if (current is None) == self.sees: raise ValueError(f"this model is {'sighted and needs' if self.sees else 'blind and takes no'} visual tokens")
-    x = x.masked_scatter(at("ego", 1)[..., None], self.ego(ego).to(x.dtype))
+    x = x.masked_scatter(at("ego", 1)[..., None], self.ego(self.scale(ego).clamp(-8, 8)).to(x.dtype))
     if current is not None: x = x.masked_scatter(at("scene", s.n)[..., None], (current + self.cell).to(x.dtype))
     n_next = int((ids[0] == self.special["next"]).sum())
     if n_next:

@@ -22,7 +22,7 @@ from ...data.sample import Batch
 from .arms import ARMS, RUNS, arm, build_head, head_key, head_plan
 from .ik_network import IKNetwork, to_path
 from .model import TENTHS, WHOLE, CompactTokenizer, DrivingLLM, HFTokenizer, parse_trajectory
-from .tasks import DriveData, cache_states, current_features, ego_tensor, prompt_ids
+from .tasks import DriveData, cache_states, current_features, ego_tensor, extrapolation, prompt_ids
 from .visual_state import StateShape
 from ...models.backbones import seeded
 from ...models.checkpoints import load_checkpoint, load_config, save_checkpoint
@@ -89,6 +89,7 @@ def _load_part(folder, _mtime_ns):
     return load_checkpoint(folder, module).eval().requires_grad_(False), config, shape
 
 # %% ../../../nbs/60_methods/ikvla/60_planner.ipynb #c010
+@torch.no_grad()
 def plan_heads(
     head: torch.nn.Module, config: IKVLAConfig, current, following, n_samples: int, generator, batch: int = 512,
 ) -> Float[np.ndarray, "n k t 3"]:
@@ -136,7 +137,7 @@ def plan_table(
         a = arm(name)
         if a.run is None:
             head, *_ = load_part(str(folder / "direct" / a.head))
-            p = [head.path(head(current_features(data, r) if head.sees else None, ego_tensor(data, r), torch.as_tensor(data.command[r]))) for r in np.array_split(np.arange(len(data)), 1 + len(data) // 1024)]
+            p = [_plan_direct(head, data, r) for r in np.array_split(np.arange(len(data)), 1 + len(data) // 1024)]
             out[name] = torch.cat(p).numpy().repeat(n_samples, 1)
             continue
         model, config, shape = load_part(str(folder / a.run / "llm"))
@@ -151,6 +152,12 @@ def plan_table(
             following = following.roll(len(data) // 2, 0)
         out[name] = plan_heads(head, config, states[a.run]["current"], following, n_samples, torch_rng("ikvla-plan", seed))
     return out
+
+
+def _plan_direct(head, data, rows):
+    z = head(current_features(data, rows) if head.sees else None, ego_tensor(data, rows), torch.as_tensor(data.command[rows]))
+    xy = extrapolation(data, rows) + head.path(z)[:, 0, :, :2]
+    return to_path(torch.cat([xy[:, :1], xy[:, 1:] - xy[:, :-1]], 1))[:, None]
 
 
 def _plan_hidden(model, head, config, tokenizer, data, batch=512):
@@ -173,7 +180,7 @@ def batch_data(
     if need_next and "next_features" not in batch.extra: raise KeyError("the oracle needs extra['next_features'] (b, 6, tokens, d): it exists for logged data only")
     b, f = len(batch), batch.extra["features"].cpu().numpy()
     nxt = batch.extra["next_features"].cpu().numpy() if need_next else np.repeat(f[:, None], 6, 1)
-    x = {k: getattr(batch, k).cpu().numpy() for k in ("ego", "ego_valid", "history", "history_valid", "command")}
+    x = {k: getattr(batch, k).cpu().numpy() for k in ("ego", "ego_valid", "history", "history_valid", "command", "point_x_m")}
     return DriveData(token=np.array(batch.token), scene=np.array(batch.scene), features=np.concatenate([f, nxt.reshape(-1, *f.shape[1:])]),
                      keyframe=np.arange(b), next_keyframe=b + np.arange(6 * b).reshape(b, 6), future=np.zeros((b, 6, 3)), **x)
 

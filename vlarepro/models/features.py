@@ -222,8 +222,8 @@ def encode_rows(
     with torch.inference_mode():
         for i in progress(range(0, len(rows), batch), "encode"):
             t = encoder.view_tokens(data.pairs(rows[i : i + batch]))
-            every[i : i + batch] = encoder.finish(t).numpy()
-            alone[i : i + batch] = encoder.finish(t, only.expand(len(t), -1)).numpy()
+            every[i : i + batch] = encoder.finish(*t).numpy()
+            alone[i : i + batch] = encoder.finish(*t, only.expand(len(t[0]), -1)).numpy()
     return every, alone
 
 

@@ -88,17 +88,18 @@ class BlindHead(nn.Module):
 
 
 class DirectHead(nn.Module):
-    "Ego inputs and present tokens -> path, relative to the extrapolation."
+    "The blind head plus a correction that reads the present tokens; the correction starts at zero."
     reads_ego, n_states = True, 1
 
     def __init__(self, e, n, d, fit):
         super().__init__()
-        w = fit.width
-        self.ego = nn.Sequential(nn.Linear(e, w), nn.GELU(), nn.Linear(w, w), nn.GELU())
-        self.see = _Flat(n, d, fit.token_code, w, fit.dropout)
-        self.out = nn.Sequential(nn.Dropout(fit.dropout), nn.Linear(2 * w, w), nn.GELU(), nn.Linear(w, 12))
+        w = fit.width // 2
+        self.blind = BlindHead(e, n, d, fit)
+        self.see, self.ego = _Flat(n, d, fit.token_code, w, fit.dropout), nn.Linear(e, w)
+        self.out = nn.Sequential(nn.Linear(2 * w, w), nn.GELU(), nn.Dropout(fit.dropout), nn.Linear(w, 12))
+        nn.init.zeros_(self.out[-1].weight); nn.init.zeros_(self.out[-1].bias)
 
-    def forward(self, ego, states): return self.out(torch.cat([self.ego(ego), self.see(states[:, 0])], -1))
+    def forward(self, ego, states): return self.blind(ego, None) + self.out(torch.cat([self.see(states[:, 0]), F.gelu(self.ego(ego))], -1))
 
 # %% ../../nbs/80_evaluation/20_gate.ipynb #c009
 class FlatIK(nn.Module):

@@ -137,7 +137,7 @@ def sft(
     desc: str = "sft",                   # name in the progress line
     save_every_s: float = 20.0,
     stop_at: "int | None" = None,        # leave after this step, as a kill would (for tests)
-) -> list:                               # [{step, loss name: mean since the last entry}], about 50 entries
+) -> list:                               # [{step, loss: their sum, loss name: mean since the last entry}], about 50 entries
     "Train a task; the module holds the result (the averaged weights if `ema`)."
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if config.batch % world: raise ValueError(f"a batch of {config.batch} does not divide among {world} ranks")
@@ -154,7 +154,8 @@ def sft(
         with torch.no_grad():
             for a, p in zip(average, trained): a.lerp_(p, 1 - min(config.ema, (1 + step) / (10 + step)))
         if (step + 1) % max(1, config.steps // 50) == 0 or step + 1 == config.steps:
-            history.append({"step": step + 1, **{k: float(np.mean([r[k] for r in recent])) for k in recent[0]}}); recent = []
+            mean = {k: float(np.mean([r[k] for r in recent])) for k in recent[0]}
+            history.append({"step": step + 1, "loss": sum(mean.values()), **mean}); recent = []
         if time.monotonic() - saved > save_every_s: keep(step + 1); saved = time.monotonic()
     keep(stop_at or config.steps)
     with torch.no_grad():

@@ -8,7 +8,7 @@ __all__ = ['HEADS', 'ARM_TITLES', 'GateData', 'gate_data', 'BlindHead', 'DirectH
            'write_gate']
 
 # %% ../../nbs/80_evaluation/20_gate.ipynb #c003
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +163,9 @@ class HeadFit:
     width: int
     token_code: int        # numbers a token keeps in the flat heads
     attention_width: int
+    ik_steps: int          # the IK heads read seven states a sample: fewer, smaller, slower steps
+    ik_batch: int
+    ik_lr: float
 
 
 def _inputs(data, rows, n_states):
@@ -182,6 +185,7 @@ def fit_head(
 ):                                  # a function rows -> (b, t, 2) paths [m]
     "Train one head and return its planner."
     if arm not in HEADS: raise KeyError(f"gate: unknown arm {arm!r}, known: {', '.join(HEADS)}")
+    if not HEADS[arm].reads_ego: fit = replace(fit, steps=fit.ik_steps, batch=fit.ik_batch, lr=fit.ik_lr)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng("gate-init", arm, seed).integers(1 << 62)))
         head = HEADS[arm](data.ego.shape[1], *data.states.shape[1:], fit)
@@ -228,7 +232,7 @@ def converged(
     "Train ever longer until the error on `dev` no longer falls."
     dev, best, log = data.rows("dev"), None, []
     for k in range(most + 1):
-        f = HeadFit(**(asdict(fit) | dict(steps=fit.steps * 2**k)))
+        f = replace(fit, steps=fit.steps * 2**k)
         plan = fit_head(arm, data, data.rows("train"), f, seed)
         log.append(dict(steps=f.steps, dev_ade=float(plan_ade(plan, data, dev).mean())))
         if best is None or log[-1]["dev_ade"] < best[0]: best = (log[-1]["dev_ade"], plan)
@@ -260,7 +264,7 @@ def gate_errors(
             log += [dict(arm=arm, seed=seed, **x) for x in lengths]
         else:
             plan = fit_head(arm, data, data.rows("train"), fit, seed)
-            log.append(dict(arm=arm, seed=seed, steps=fit.steps, dev_ade=float(plan_ade(plan, data, data.rows("dev")).mean())))
+            log.append(dict(arm=arm, seed=seed, steps=fit.steps if HEADS[arm].reads_ego else fit.ik_steps, dev_ade=float(plan_ade(plan, data, data.rows("dev")).mean())))
         errors[arm].append(plan_ade(plan, data, rows))
     return {a: np.stack(e) for a, e in errors.items()}, log
 

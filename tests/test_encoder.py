@@ -179,3 +179,39 @@ def test_kill_9_then_resume(tmp_path):
     runs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in codes]
     out, whole = (r.stdout.split() for r in runs)
     assert out[-1] == whole[-1]
+
+
+def carpet_view(cells, x, y, yaw):
+    "A flat random texture (0.5 m cells) seen by the rig from a pose of the rear axle."
+    from vlarepro.world.cameras import camera_rig, ground_points
+    out, c, s = np.full((3, 64, 128, 3), 128, np.uint8), np.cos(yaw), np.sin(yaw)
+    for i, cam in enumerate(camera_rig((128, 64))):
+        xy, _ = ground_points(cam, *np.meshgrid(np.arange(128) + 0.5, np.arange(30, 64) + 0.5))
+        world = np.stack([c * xy[..., 0] - s * xy[..., 1] + x, s * xy[..., 0] + c * xy[..., 1] + y], -1)
+        cell = np.floor(world * 2 + 200).astype(int).clip(0, 399)
+        out[i, 30:] = cells[cell[..., 0], cell[..., 1]][..., None]
+    return out
+
+
+@pytest.mark.parametrize("forward, turn", [(0.0, 0.0), (3.0, 0.0), (6.0, 0.12), (4.0, -0.24)])
+def test_plane_sweep_finds_the_motion(forward, turn):
+    from vlarepro.models.visual_encoder import FORWARD_M, TURN_RAD, PlaneSweep
+    cells = rng("carpet").integers(0, 256, (400, 400)).astype(np.uint8)
+    now = (forward * np.cos(turn / 2), forward * np.sin(turn / 2), turn)
+    pair = torch.from_numpy(np.stack([carpet_view(cells, 0, 0, 0), carpet_view(cells, *now)])[None])
+    cost = PlaneSweep(3)(pair)[0, :, : 8 * len(FORWARD_M) * len(TURN_RAD)].reshape(24, len(FORWARD_M), len(TURN_RAD)).mean(0)
+    f, t = np.unravel_index(int(cost.argmin()), cost.shape)
+    assert abs(FORWARD_M[f] - forward) < 0.51 and abs(TURN_RAD[t] - turn) < 0.061
+
+
+def test_plane_sweep_is_constant_for_equal_frames_of_one_colour():
+    from vlarepro.models.visual_encoder import PlaneSweep
+    assert PlaneSweep(3)(torch.full((2, 2, 3, 64, 128, 3), 90, dtype=torch.uint8)).abs().max() == 0
+    with pytest.raises(ValueError, match="3 cameras"): PlaneSweep(2)
+
+
+def test_mirror_turns_everything_round(world):
+    from vlarepro.models.features import mirrored
+    a, b = mirrored(world, np.array([3, 9]), False), mirrored(world, np.array([3, 9]), True)
+    assert (b[0][:, :, 0] == a[0][:, :, 2].flip(3)).all() and (b[2][:, 2] == a[2][:, 0].flip(2)).all()
+    assert torch.allclose(b[4], a[4] * torch.tensor([1.0, -1, -1, 1, -1]))

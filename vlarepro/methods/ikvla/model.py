@@ -183,7 +183,7 @@ class DrivingLLM(nn.Module):
         self.llm, w = build_llm(source, tokenizer.size, seed, attention), shape.width
         if self.llm.config.hidden_size != w: raise ValueError(f"the language model is {self.llm.config.hidden_size} wide, the visual state {w}: set both to one width")
         if isinstance(tokenizer, CompactTokenizer): give_number_sense(self.llm.get_input_embeddings(), tokenizer, seed)
-        self.special = {k: tokenizer.id(t) for k, t in {"scene": "<SCENE>", "ego": "<EGO>", "next": "<NEXT_STATE>"}.items()}
+        self.special = {k: tokenizer.id(t) for k, t in {"scene": "<SCENE>", "ego": "<EGO>", "next": "<NEXT_STATE>", "trajectory": "<trajectory>"}.items()}
         def parts():
             self.projector = Projector(shape)
             self.ego = nn.Sequential(nn.Linear(EGO_WIDTH, w), nn.GELU(), nn.Linear(w, w))
@@ -208,7 +208,9 @@ def embed(
         if bool((where.sum(1) != count).any()): raise ValueError(f"the prompt has {where.sum(1).tolist()[:4]} {kind} tokens, the model fills {count}: build it with the model's shape")
         return where
     if (current is None) == self.sees: raise ValueError(f"this model is {'sighted and needs' if self.sees else 'blind and takes no'} visual tokens")
-    x = x.masked_scatter(at("ego", 1)[..., None], self.ego(self.scale(ego).clamp(-8, 8)).to(x.dtype))
+    status = self.ego(self.scale(ego).clamp(-8, 8)).to(x.dtype)
+    x = x.masked_scatter(at("ego", 1)[..., None], status)
+    x = x + status[:, None] * ((ids == self.special["next"]) | (ids == self.special["trajectory"]))[..., None]  # where the answer begins
     if current is not None: x = x.masked_scatter(at("scene", s.n)[..., None], (current + self.cell).to(x.dtype))
     n_next = int((ids[0] == self.special["next"]).sum())
     if n_next:

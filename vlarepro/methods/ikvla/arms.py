@@ -21,14 +21,20 @@ from ...models.diffusion import Normaliser
 
 # %% ../../../nbs/60_methods/ikvla/40_arms.ipynb #c006
 class Regressor(nn.Module):
-    "Base of the deterministic heads: standardised steps, smooth L1."
+    "Base of the deterministic heads: standardised steps, smooth L1 on their running sum."
     def __init__(self, points: int = 6):
         super().__init__()
-        self.points, self.normaliser = points, Normaliser((points, 2))
+        self.points, self.normaliser, self.spread = points, Normaliser((points, 2)), Normaliser((points, 2))
+
+    def fit(self, path: Float[torch.Tensor, "n t 2"]) -> "Regressor":
+        "Take the scales of steps and way-points from training paths."
+        self.normaliser.fit(to_steps(path)); self.spread.fit(path)
+        return self
 
     def loss(self, z: Float[torch.Tensor, "b t2"], path: Float[torch.Tensor, "b t 2"], beta: float = 0.2) -> torch.Tensor:
-        "Smooth L1 between predicted and true standardised steps."
-        return nn.functional.smooth_l1_loss(z.view(len(path), self.points, 2), self.normaliser(to_steps(path)), beta=beta)
+        "Smooth L1 between predicted and true way-points, in units of their spread."
+        predicted = self.normaliser.inverse(z.view(len(path), self.points, 2)).cumsum(1)
+        return nn.functional.smooth_l1_loss(self.spread(predicted), self.spread(path), beta=beta)
 
     def path(self, z: Float[torch.Tensor, "b t2"]) -> Float[torch.Tensor, "b 1 t 3"]:
         "The path that a prediction means."
@@ -79,18 +85,33 @@ class HiddenHead(Regressor):
 
 class DirectHead(Regressor):
     "Ego status, command and, if sighted, the present encoder tokens to the path: the yardstick for whether images matter."
+    code = 8           # numbers kept of each encoder token
+    dropout = 0.3      # of those numbers, in training
+
     def __init__(self, shape: StateShape, width: int, sees: bool, points: int = 6):
         super().__init__(points)
-        self.sees, self.shape = sees, shape
-        self.cell = nn.Linear(shape.feature_width, 16) if sees else None
-        self.scale = Normaliser((EGO_WIDTH,))  # of the ego inputs, fitted by the task
-        n = EGO_WIDTH + 4 + (16 * shape.n_tokens if sees else 0)
-        self.mlp = nn.Sequential(nn.Linear(n, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 2 * points))
+        self.sees, self.shape, self.scale = sees, shape, Normaliser((EGO_WIDTH,))  # the task fits the scale of the ego inputs
+        width = 4 * width  # these heads are cheap, and the blind one must not be limited by its size
+        self.ego = nn.Sequential(nn.Linear(EGO_WIDTH + 4, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.out = nn.Linear(width, 2 * points)
+        if not sees: return
+        self.cell = nn.Linear(shape.feature_width, self.code)
+        self.see = nn.Sequential(nn.Linear(self.code * shape.n_tokens + width, width), nn.GELU(), nn.Linear(width, 2 * points))
+        nn.init.zeros_(self.see[-1].weight)  # starts as the blind head
+        nn.init.zeros_(self.see[-1].bias)
 
-    def forward(self, features: "Float[torch.Tensor, 'b n d'] | None", ego: Float[torch.Tensor, "b e"], command: torch.Tensor):
-        x = [self.scale(ego).clamp(-8, 8), nn.functional.one_hot(command, 4).to(ego.dtype)]
-        if self.sees: x.append(nn.functional.gelu(self.cell(features)).flatten(1))
-        return self.mlp(torch.cat(x, -1))
+    def forward(
+        self,
+        features: "Float[torch.Tensor, 'b n d'] | None",
+        ego: Float[torch.Tensor, "b e"],
+        command: torch.Tensor,
+        u: "Float[torch.Tensor, 'b c'] | None" = None,  # uniform numbers for dropout; None: none is dropped
+    ):
+        x = self.ego(torch.cat([self.scale(ego).clamp(-8, 8), nn.functional.one_hot(command, 4).to(ego.dtype)], -1))
+        if not self.sees: return self.out(x)
+        seen = nn.functional.gelu(self.cell(features)).flatten(1)
+        if u is not None: seen = seen * (u >= self.dropout) / (1 - self.dropout)
+        return self.out(x) + self.see(torch.cat([seen, x], -1))
 
 # %% ../../../nbs/60_methods/ikvla/40_arms.ipynb #c014
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ class IKNetwork(nn.Module):
         self.blocks = nn.ModuleList([CrossBlock(width, heads) for _ in range(blocks)])
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
+    def fit(self, path: Float[torch.Tensor, "n t 2"]) -> "IKNetwork":
+        "Take the scale of the steps from training paths."
+        self.normaliser.fit(to_steps(path))
+        return self
+
     def look(self, current, following) -> list:
         "Keys and values of every block: once per image."
         tokens = self.tokens(current, following)

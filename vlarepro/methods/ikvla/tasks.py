@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from ...core.seeds import rng
 from ...data.planner import arc_path
 from .arms import DirectHead, HiddenHead, LanguageRun
-from .ik_network import IKNetwork, ik_loss, to_steps
+from .ik_network import IKNetwork, ik_loss
 from .model import DrivingLLM, ego_inputs, ego_text, next_block, prompt_text, trajectory_text
 from .visual_state import nsp_loss
 
@@ -167,7 +167,7 @@ class LanguageTask:
         if self.prompts[0][0].shape != self.prompts[1][0].shape: self.prompts[1] = self.prompts[0]
         self.n_answer = len(tokenizer.encode(trajectory_text(data.future[0, :, :2]))) - 1 if run.text else 0
         model.scale.fit(ego_tensor(data, np.arange(len(data)), device), floor=1e-2)
-        if head is not None: head.normaliser.fit(to_steps(_tensor(data.future[..., :2], device)))
+        if head is not None: head.fit(_tensor(data.future[..., :2], device))
 
     def loss(self, rows: np.ndarray, u: torch.Tensor) -> dict:
         m, s, chosen = self.model, self.model.shape, u[:, :2].cpu().numpy()
@@ -232,7 +232,7 @@ class HeadTask:
         self.current, self.following, self.path = states["current"].to(device), states[following].to(device), _tensor(path, device)
         self.n, self.words = len(path), 13 * levels
         self.module, self.groups = self.head, {"head": list(head.parameters())}
-        head.normaliser.fit(to_steps(self.path))
+        head.fit(self.path)
 
     def loss(self, rows: np.ndarray, u: torch.Tensor) -> dict:
         rows = torch.as_tensor(rows, device=self.device)
@@ -245,12 +245,13 @@ class DirectTask:
     "A direct head on the present features and the ego status."
     def __init__(self, head: DirectHead, data: DriveData, p_front: float = 0.0, p_unknown: float = 0.0, device: str = "cpu"):
         self.head, self.data, self.p_front, self.p_unknown, self.device = head.to(device), data, p_front, p_unknown, device
-        self.n, self.words, self.module, self.groups = len(data), 2, self.head, {"head": list(head.parameters())}
+        self.n, self.words = len(data), 2 + (head.code * head.shape.n_tokens if head.sees else 0)
+        self.module, self.groups = self.head, {"head": list(head.parameters())}
         head.scale.fit(ego_tensor(data, np.arange(len(data)), device), floor=1e-2)
-        head.normaliser.fit(to_steps(_tensor(data.future[..., :2], device) - extrapolation(data, np.arange(len(data)), device)))
+        head.fit(_tensor(data.future[..., :2], device) - extrapolation(data, np.arange(len(data)), device))
 
     def loss(self, rows: np.ndarray, u: torch.Tensor) -> dict:
         chosen = u[:, :2].cpu().numpy()
         features = current_features(self.data, rows, chosen[:, 0] < self.p_front, self.device) if self.head.sees else None
         command = torch.as_tensor(np.where(chosen[:, 1] < self.p_unknown, 0, self.data.command[rows]), device=self.device)
-        return {"path": self.head.loss(self.head(features, ego_tensor(self.data, rows, self.device), command).float(), _tensor(self.data.future[rows][..., :2], self.device) - extrapolation(self.data, rows, self.device))}
+        return {"path": self.head.loss(self.head(features, ego_tensor(self.data, rows, self.device), command, u[:, 2:]).float(), _tensor(self.data.future[rows][..., :2], self.device) - extrapolation(self.data, rows, self.device))}

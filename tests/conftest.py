@@ -7,6 +7,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from hypothesis import settings
 
 from vlarepro.core.paths import shared
 
@@ -18,3 +19,7 @@ def shared_folder():
     if p is None:
         pytest.skip("shared folder not found: set VLAREPRO_SHARED")
     return p
+
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run of the checks
+settings.load_profile("repeatable")

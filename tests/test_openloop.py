@@ -88,10 +88,12 @@ def test_flags_on_cell_edges(points, fill, seed, protocol):
 
 
 @settings(max_examples=40, deadline=None)
-@given(x=st.floats(-60, 60), y=st.floats(-60, 60), length=st.floats(0.3, 14), width=st.floats(0.3, 4), yaw=st.floats(-4, 4),
+@given(x=st.floats(-42, 42), y=st.floats(-42, 42), length=st.floats(0.3, 14), width=st.floats(0.3, 4), yaw=st.floats(-4, 4),
        protocol=st.sampled_from(sorted(PROTOCOLS)))
 def test_drawing_lies_between_inner_and_outer_shape(x, y, length, width, yaw, protocol):
-    "Against geometry, not OpenCV: every cell well inside the rounded polygon is set, no cell further than one cell away is."
+    """Against geometry, not OpenCV: every cell well inside the rounded polygon is set, no cell further than one cell away is.
+
+    Boxes lie inside the grid: where a polygon leaves it, OpenCV's clipping (in the originals too) may move an edge by more than a cell."""
     box = np.array([x, y, length, width, yaw, 0])
     g = rasterise(np.broadcast_to(box, (1, 1, 1, 6)), np.ones((1, 1), bool), protocol).unpack()[0, 0]
     corners = to_cells(box_corners(box), PROTOCOLS[protocol]).astype(float)

@@ -93,7 +93,9 @@ def test_prose_reruns_nothing(copy):
 def test_one_groups_settings_touch_that_group_alone(copy):
     path = copy / "configs" / "ikvla.yaml"
     config = yaml.safe_load(path.read_text())
-    config["smoke"]["text"]["settings"]["language"]["lr"] *= 2
+    group = json.loads(json.dumps(config["smoke"]["text"]))  # the blocks share their settings through YAML anchors: change one alone
+    group["settings"]["language"]["lr"] *= 2
+    config["smoke"]["text"] = group
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     assert changed_stages(copy) == {"sft-ikvla@smoke-text", "evaluate-ikvla@smoke-text"}
 

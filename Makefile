@@ -19,11 +19,11 @@ test: install  ## every check: style, drift, notebooks, the whole pipeline in th
 	$(BIN)/ruff check .
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python tools/repro_profile.py smoke
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: install  ## the quick part of `make test`
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --ignore tests/test_smoke_pipeline.py
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/test_smoke_pipeline.py
 
 clean: install  ## clean notebooks as the checks want them, and export them
 	$(BIN)/nbdev_clean

@@ -55,7 +55,8 @@ def test_a_stopped_run_leaves_no_output(tmp_path, sig):
     nb = notebook(tmp_path / "a.ipynb", "mark = ''", "open(mark, 'w').write('x')\nimport time\ntime.sleep(60)")
     mark = tmp_path / "started"
     p = subprocess.Popen([sys.executable, "-m", "vlarepro.core.runner", str(nb), str(tmp_path / "o.ipynb"), str(tmp_path / "r.json"), f"mark={mark}"],
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job would ignore Ctrl-C
     for _ in range(300):
         if mark.exists():
             break

@@ -19,7 +19,7 @@ from shapely.ops import substring
 
 from ...core.notation import to_frame, wrap_angle
 from .scene import DT_S, N_SAMPLES, ROADBLOCK, STATIC_TYPES, LaneGraph, Polygons, RedLights, Reference, SceneCache, Tracks
-from .score import PDMScorer
+from .score import VERSIONS, PDMScorer
 from .simulation import VEHICLE, centers, corners, simulate
 
 # %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c008
@@ -377,7 +377,7 @@ class Proposals:
                 row = rows[nearest]
                 leader[0] = now[k] + gaps[k, nearest]
                 if not np.isnan(self.world.speed_mps[row]): leader[1] = self.world.speed_mps[row] * math.cos(self.world.heading[row] - poses[k, 2])
-            else: leader[0], leader[2] = path.line.length, VEHICLE.half_length
+            else: leader[0], leader[2] = path.length_m, VEHICLE.half_length
             self.leader[plan, t] = leader
 
     def drive(self, plans: np.ndarray, first: int, last: int) -> None:
@@ -451,6 +451,7 @@ def decide(
     red_lanes: "list[int] | None" = None,        # lanes of the graph that are red now; None: the scene's red lights
 ) -> Choice:
     "Propose, simulate, score, choose."
+    if version not in VERSIONS: raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")
     if cache.graph is None: raise ValueError(f"scene {cache.token}: graph is missing; PDM-Closed needs a lane graph")
     boxes = cache.tracks(version)
     seen_now = boxes.valid[:, 0] if seen_now is None else seen_now & boxes.valid[:, 0]

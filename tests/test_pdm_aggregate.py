@@ -9,7 +9,8 @@ import pytest
 from vlarepro.scoring.pdm.aggregate import COLUMNS, METRICS, adjacent_frames, one_stage, read_groups, stage_weights, two_stage
 
 LONG = {"nc": "no_at_fault_collisions", "dac": "drivable_area_compliance", "ddc": "driving_direction_compliance", "tlc": "traffic_light_compliance",
-        "ep": "ego_progress", "ttc": "time_to_collision_within_bound", "lk": "lane_keeping", "hc": "history_comfort", "ec": "two_frame_extended_comfort", "score": "score"}
+        "ep": "ego_progress", "ttc": "time_to_collision_within_bound", "lk": "lane_keeping", "hc": "history_comfort",
+        "ec": "two_frame_extended_comfort", "score": "score"}
 
 
 @pytest.fixture(scope="module")

@@ -325,9 +325,9 @@ def _logged_line(path: np.ndarray, ahead_m: float = 100.0) -> np.ndarray:
     return np.concatenate([line, np.concatenate([x + s * np.cos(h), y + s * np.sin(h), np.full_like(s, h)], 1)])
 
 
-def _with_graph(world: WorldMap, log: Log, keyframe: int, origin, ego):
+def _with_graph(world: WorldMap, log: Log, origin, ego):
     "Polygons, graph and centreline of a map with connectivity; None where the ego is on no lane."
-    path = path_10hz(log.pose[keyframe:])
+    path = path_10hz(log.pose)  # of the whole log, as a NAVSIM route begins behind the ego
     rows = match_lanes(world, np.column_stack([centers(path), path[:, 2]]))
     if not rows: return None
     route = list(dict.fromkeys(world.lanes[r].block for r in _continued(world, rows)))
@@ -377,7 +377,7 @@ def cache_from_log(
     rows = np.arange(keyframe - PAST_FRAMES, keyframe + 1)
     past = _states(log, rows, origin)
     v1, v2 = both_horizons([_shifted(f, origin) for f in log.frames[keyframe:keyframe + FUTURE_FRAMES + 1]])
-    found = _with_graph(world, log, keyframe, origin, past[-1]) if source.has_graph and reference != "logged_ego" else None
+    found = _with_graph(world, log, origin, past[-1]) if source.has_graph and reference != "logged_ego" else None
     if found is None and reference == "pdm_closed":
         raise ValueError(f"scene {log.name}: keyframe {keyframe}: no lane graph under the ego: use reference='logged_ego'")
     polygons, graph, line = found or _without_graph(world, log, keyframe, origin, past[-1])

@@ -8,19 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlarepro.scoring.pdm.pdm_closed import (
-    DECEL_MAX,
-    centerline_of_route,
-    correct_route,
-    decide,
-    find_blocks,
-    idm_acceleration,
-    lane_sequence,
-    pdm_closed,
-    pdm_closed_plan,
-    plan_route,
-)
-from vlarepro.scoring.pdm.pdm_closed import _shapes as shapes_of
+from vlarepro.scoring.pdm.pdm_closed import DECEL_MAX, decide, idm_acceleration, pdm_closed, pdm_closed_plan
+from vlarepro.scoring.pdm.route import _shapes as shapes_of
+from vlarepro.scoring.pdm.route import centerline_of_route, correct_route, find_blocks, lane_sequence, plan_route
 from vlarepro.scoring.pdm.scene import INTERSECTION, LANE, LANE_CONNECTOR, ROADBLOCK, LaneGraph, Polygons, RedLights, Tracks, straight_scene
 from vlarepro.scoring.pdm.schema import load_oracle_scene, oracle_paths
 

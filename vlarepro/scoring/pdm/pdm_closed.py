@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_GAP_M', 'HEADWAY_S', 'ACCEL_MAX', 'DECEL_MAX', 'EXPONENT', 'OFFSETS_M', 'SPEED_FRACTIONS', 'FALLBACK_LIMIT_MPS',
-           'find_blocks', 'start_block', 'correct_route', 'start_lane', 'lane_sequence', 'Route', 'plan_route',
-           'centerline_of_route', 'Path', 'Forecast', 'forecast', 'idm_acceleration', 'Proposals', 'proposal_scores',
-           'Choice', 'decide', 'pdm_closed', 'pdm_closed_plan']
+           'Path', 'Forecast', 'forecast', 'idm_acceleration', 'Proposals', 'proposal_scores', 'Choice', 'decide',
+           'pdm_closed', 'pdm_closed_plan']
 
 # %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c003
 import math
@@ -14,212 +13,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import shapely
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from shapely.ops import substring
 
 from ...core.notation import to_frame, wrap_angle
-from .scene import DT_S, N_SAMPLES, ROADBLOCK, STATIC_TYPES, LaneGraph, Polygons, RedLights, Reference, SceneCache, Tracks
+from .route import Route, centerline_of_route, plan_route
+from .scene import DT_S, N_SAMPLES, STATIC_TYPES, RedLights, Reference, SceneCache, Tracks
 from .score import VERSIONS, PDMScorer
 from .simulation import VEHICLE, centers, corners, simulate
 
 # %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c008
-def _links(graph: LaneGraph) -> tuple[list[list[int]], list[list[int]]]:
-    "Blocks after each block and before it."
-    after, before = [[] for _ in graph.block_id], [[] for _ in graph.block_id]
-    for a, b in graph.block[graph.edges].tolist():
-        if b not in after[a]:
-            after[a].append(b)
-            before[b].append(a)
-    return after, before
-
-
-def find_blocks(
-    links: list[list[int]],  # neighbours of each block, in the direction of the search
-    start: int,
-    goals: list[int],
-    max_depth: int,          # layers that are looked at, the start's included
-) -> list[int] | None:       # from start to goal, both included; None: not found
-    "The first of `goals` that a breadth-first search meets, and the way to it."
-    layers = [{start: -1}]   # block -> the block before it; a dict keeps the order of the visit
-    while layers[-1] and len(layers) <= max_depth:
-        goal = next((b for b in layers[-1] if b in goals), None)
-        if goal is not None:
-            way = [goal]
-            for layer in layers[:0:-1]: way.append(layer[way[-1]])
-            return way[::-1]
-        layers.append({b: a for a in layers[-1] for b in links[a]})
-    return None
-
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c012
-def _shapes(polygons: Polygons) -> np.ndarray:
-    "All map polygons as shapely objects."
-    return shapely.polygons(shapely.linearrings(polygons.xy, indices=np.repeat(np.arange(len(polygons)), np.diff(polygons.start))))
-
-
-def _block_outlines(graph: LaneGraph, polygons: Polygons) -> list[list[int]]:
-    "Polygon rows that make up each block: its own outline if the map has one, else those of its lanes."
-    own = {name: row for row, (name, kind) in enumerate(zip(polygons.id, polygons.type)) if kind == ROADBLOCK}
-    rows = [[own[name]] if name in own else [] for name in graph.block_id]
-    for lane, block in enumerate(graph.block):
-        if graph.block_id[block] not in own and graph.polygon[lane] >= 0: rows[block].append(int(graph.polygon[lane]))
-    return rows
-
-
-def _lane_errors(graph: LaneGraph, lane: int, pose: np.ndarray) -> tuple[float, float]:
-    "Distance to the nearest centre point of a lane [m], and how much its heading differs [rad]."
-    line = graph.lane(lane)
-    d = ((line[:, :2] - pose[:2]) ** 2).sum(-1) ** 0.5
-    k = int(d.argmin())
-    return d[k], abs(wrap_angle(line[k, 2] - pose[2]))
-
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c013
-_NEAR_M, _MAX_HEADING_ERROR, _MAX_DISPLACEMENT_M = 1.0, math.pi / 4, 3.0
-
-
-def start_block(
-    graph: LaneGraph,
-    polygons: Polygons,
-    shapes: np.ndarray,          # the polygons as shapely objects
-    pose: np.ndarray,            # x, y, heading of the rear axle
-    route: list[int],
-) -> tuple[int, list[int]]:      # the most promising block, all candidates
-    "The block in which the ego stands (`get_current_roadblock_candidates` of the devkit)."
-    outlines = _block_outlines(graph, polygons)
-    connector = np.zeros(len(outlines), bool)
-    connector[graph.block] = graph.is_connector
-    order = [b for b in np.argsort(connector, kind="stable").tolist() if outlines[b]]  # road blocks first
-    if not order: raise ValueError("no block of the lane graph has a polygon near the ego: the map around it is empty")
-    square, point = shapely.box(*(pose[:2] - _NEAR_M), *(pose[:2] + _NEAR_M)), shapely.Point(pose[:2])
-    near = [b for b in order if shapely.intersects(square, shapes[outlines[b]]).any()]
-    if not near:
-        far = {b: shapely.distance(point, shapes[outlines[b]]).min() for b in order}
-        near = [min(kind, key=far.get) for kind in ([b for b in order if connector[b] == c] for c in (False, True)) if kind]
-    lanes = [(b, *_lane_errors(graph, i, pose)) for b in near for i in np.flatnonzero(graph.block == b)]
-    believed = [x for x in lanes if x[1] < _MAX_DISPLACEMENT_M and x[2] < _MAX_HEADING_ERROR]
-    pool = [x for x in believed if x[0] in route] or believed
-    return min(pool or lanes, key=lambda x: x[1])[0], [x[0] for x in pool] or near
-
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c016
-_BACKWARD, _FORWARD, _LOOP_M2 = 15, 30, 1.0
-
-
-def correct_route(
-    graph: LaneGraph,
-    polygons: Polygons,
-    shapes: np.ndarray,  # the polygons as shapely objects
-    pose: np.ndarray,    # x, y, heading of the rear axle
-) -> list[int]:          # blocks, in order
-    "The logged route, made drivable from where the ego stands (`route_roadblock_correction` of the devkit)."
-    route = list(dict.fromkeys(graph.route.tolist()))
-    if not route: raise ValueError("graph.route is empty: PDM-Closed needs the blocks of a route")
-    after, before = _links(graph)
-    here, candidates = start_block(graph, polygons, shapes, pose, route)
-    if here not in route:
-        back = find_blocks(before, route[0], candidates, _BACKWARD)
-        if back: route = back[:0:-1] + route
-        else:
-            on = find_blocks(after, here, route[:3], _FORWARD)
-            if on: route = on + route[route.index(on[-1]) + 1:]
-    linked = route[:1]
-    for a, b in zip(route, route[1:]):
-        way = None if a in before[b] else find_blocks(after, a, [b], _FORWARD)
-        linked += (way[1:-1] if way else []) + [b]
-    return list(dict.fromkeys(_without_loop(graph, polygons, shapes, linked)))
-
-
-def _without_loop(graph: LaneGraph, polygons: Polygons, shapes: np.ndarray, route: list[int]) -> list[int]:
-    outlines, seen = _block_outlines(graph, polygons), []
-    for i, b in enumerate(route):
-        if not graph.is_connector[graph.block == b].any() or not outlines[b]: continue
-        area = shapely.union_all(shapes[outlines[b]])
-        if any(shapely.area(shapely.intersection(area, s)) > _LOOP_M2 for s in seen): return route[:i]
-        seen.append(area)
-    return route
-
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c020
-_DEPTH = 30
-
-
-def start_lane(
-    graph: LaneGraph,
-    shapes: np.ndarray,
-    pose: np.ndarray,    # x, y, heading of the rear axle
-    lanes: list[int],    # of the route, in order
-) -> int:
-    "The lane from which the centreline begins."
-    lane_of = {int(graph.polygon[i]): i for i in lanes if graph.polygon[i] >= 0}
-    if not lane_of: raise ValueError("no lane of the route has a polygon near the ego")
-    rows = shapely.STRtree(shapes).query(shapely.Point(pose[:2]), predicate="intersects")
-    inside = [lane_of[r] for r in rows.tolist() if r in lane_of]
-    if inside: return min(inside, key=lambda i: _lane_errors(graph, i, pose)[1])
-    rows = list(lane_of)
-    holds = shapely.contains_xy(shapes[rows], *centers(pose))
-    nearest = shapely.distance(shapes[rows], shapely.polygons(corners(pose))).argmin()
-    return lane_of[rows[int(holds.argmax() if holds.any() else nearest)]]
-
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c021
-def lane_sequence(
-    graph: LaneGraph,
-    start: int,
-    lanes: list[int],    # that may be used
-    goal_block: int,
-) -> list[int]:
-    "Dijkstra over the lanes; without a way to the goal, the deepest lane reached, the nearest of these."
-    allowed, after = set(lanes), {}
-    for a, b in graph.edges.tolist():
-        if b in allowed: after.setdefault(a, []).append(b)
-    length = {i: np.hypot(*np.diff(graph.lane(i)[:, :2], axis=0).T).sum() for i in lanes}
-    waiting, parent, done = {start: (1.0, 1)}, {start: None}, {}  # lane -> (cost, depth); dicts keep the order in which ties are broken
-    end = None
-    while waiting:
-        lane = min(waiting, key=lambda i: waiting[i][0])
-        cost, depth = waiting.pop(lane)
-        if graph.block[lane] == goal_block:
-            end = lane
-            break
-        done[lane] = (depth, -cost)
-        for nxt in after.get(lane, []):
-            new = (cost + length[nxt], depth + 1)
-            if nxt not in done and (nxt not in waiting or new[0] < waiting[nxt][0]): waiting[nxt], parent[nxt] = new, lane
-    way = [max(done, key=done.get) if end is None else end]
-    while parent[way[-1]] is not None: way.append(parent[way[-1]])
-    return way[::-1]
-
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c022
-@dataclass(frozen=True)
-class Route:
-    "What the route gives the planner."
-    blocks: list[int]                      # corrected, in order
-    lanes: list[int]                       # all lanes of these blocks
-    start: int                             # the lane in which the ego begins
-    centerline: Float[np.ndarray, "m 3"]   # x, y, heading; joints between lanes appear twice
-
-
-def plan_route(
-    graph: LaneGraph,
-    ego: np.ndarray,      # x, y, heading, ... of the rear axle
-    polygons: Polygons,
-) -> Route:
-    "Corrected route, start lane and centreline."
-    pose, shapes = np.asarray(ego, float)[:3], _shapes(polygons)
-    blocks = correct_route(graph, polygons, shapes, pose)
-    lanes = [int(i) for b in blocks for i in np.flatnonzero(graph.block == b)]
-    start = start_lane(graph, shapes, pose, lanes)
-    goal = blocks[blocks.index(int(graph.block[start])):][:_DEPTH][-1]
-    way = lane_sequence(graph, start, lanes, goal)
-    return Route(blocks, lanes, start, np.concatenate([graph.lane(i) for i in way]))
-
-
-def centerline_of_route(
-    graph: LaneGraph,
-    ego: np.ndarray,      # x, y, heading, ... of the rear axle, frame of the graph
-    polygons: Polygons,
-) -> tuple[Float[np.ndarray, "m 3"], Int64[np.ndarray, "r"]]:  # centreline; lanes of the graph that are on the corrected route
-    "What a scene cache stores of the route."
-    route = plan_route(graph, ego, polygons)
-    return route.centerline, np.array(route.lanes, np.int64)
-
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c028
 def _arc_length(line: shapely.LineString, points) -> np.ndarray:
     "Arc length of the nearest point of a line [m]."
     with np.errstate(invalid="ignore"): return shapely.line_locate_point(line, points)  # a joint that appears twice sets the flag, not the value
@@ -261,7 +64,7 @@ class Path:
         part = shapely.LineString(inner) if len(inner) > 1 else substring(self.line, a, b)
         return shapely.buffer(part, VEHICLE.half_width, quad_segs=16, cap_style="square")
 
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c031
+# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c011
 _NEAREST = ((STATIC_TYPES, 50), ((0,), 50), ((1,), 25), ((2,), 10))  # static objects first: the order breaks ties
 _RADIUS_M, _N_PLAN, _EVERY = 100.0, 51, 2
 
@@ -293,7 +96,7 @@ def _nearest(state: np.ndarray, kind: np.ndarray, center: np.ndarray) -> np.ndar
         out.append(rows[np.argsort(d[rows])][:most])
     return np.concatenate(out)
 
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c032
+# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c012
 def forecast(
     boxes: Tracks,
     seen_now: Bool[np.ndarray, "n"],  # boxes of the current frame
@@ -322,7 +125,7 @@ def forecast(
     zeros = np.zeros(len(rings))
     return Forecast(tracks, list(lights), shapes, np.concatenate([now[:, 2], zeros]), np.concatenate([speed, zeros * np.nan]), ignored)
 
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c034
+# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c014
 MIN_GAP_M, HEADWAY_S, ACCEL_MAX, DECEL_MAX, EXPONENT = 1.0, 1.5, 1.5, 3.0, 10
 OFFSETS_M, SPEED_FRACTIONS, FALLBACK_LIMIT_MPS = (0.0, -1.0, 1.0), (0.2, 0.4, 0.6, 0.8, 1.0), 15.0
 
@@ -338,7 +141,7 @@ def idm_acceleration(
     a = ACCEL_MAX * (1 - (speed_mps / target_mps) ** EXPONENT - (wanted / np.maximum(gap_m, MIN_GAP_M)) ** 2)
     return np.clip(a, -DECEL_MAX, ACCEL_MAX)
 
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c037
+# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c017
 class Proposals:
     "The 15 plans, offset by offset and five speeds each, while IDM drives them."
 
@@ -394,7 +197,7 @@ class Proposals:
         "Rear-axle poses of the first n samples."
         return np.concatenate([p.at(self.progress[self.lateral == i, :n]) for i, p in enumerate(self.paths)])
 
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c041
+# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c021
 def _believed_scene(
     cache: SceneCache,
     route: Route,
@@ -424,7 +227,7 @@ def proposal_scores(
     ep = np.clip(m.progress_m / best, 0.0, 1.0) if best > 5.0 else np.ones(len(states))
     return m.product * (5 * ep + 5 * m.ttc + 2 * m.lk + 2 * m.comfort) / 14
 
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c042
+# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c022
 @dataclass(frozen=True)
 class Choice:
     "How PDM-Closed decided."
@@ -438,8 +241,8 @@ def _red_rings(cache: SceneCache, route: Route, red_lanes) -> list[np.ndarray]:
     "Rings of the lights that are red now and belong to the corrected route."
     g, p = cache.graph, cache.polygons
     if red_lanes is not None: return [p.ring(g.polygon[i]) for i in route.lanes if i in set(red_lanes) and g.polygon[i] >= 0]
-    off = {p.ring(g.polygon[i]).tobytes() for i in range(len(g)) if i not in route.lanes and g.polygon[i] >= 0}
     now = [cache.red_lights.ring(i) for i in np.flatnonzero(cache.red_lights.active[0])]
+    off = {p.ring(g.polygon[i]).tobytes() for i in range(len(g)) if now and i not in route.lanes and g.polygon[i] >= 0}
     return [r for r in now if r.tobytes() not in off]
 
 
@@ -468,7 +271,7 @@ def decide(
     plans.drive(np.array([best]), N_SAMPLES, _N_PLAN - 1)
     return Choice(route, plans, scores, best)
 
-# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c043
+# %% ../../../nbs/30_scoring/pdm/80_pdm_closed.ipynb #c023
 def pdm_closed(
     cache: SceneCache,  # with a lane graph
     version: str,       # "v1" or "v2"

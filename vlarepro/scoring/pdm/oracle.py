@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core.paths import atomic_write, read_json, write_json
+from ...core.paths import atomic_write, read_json
 from ..oracle import Check, compare
 from .aggregate import one_stage, two_stage
 from .comfort import extended_comfort

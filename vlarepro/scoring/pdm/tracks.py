@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int8
 
 from ...core.notation import wrap_angle
-from .scene import DT_S, N_SAMPLES, N_TRACK_SAMPLES, TYPES, Tracks
+from .scene import DT_S, N_SAMPLES, N_TRACK_SAMPLES, STATIC_TYPES, TYPES, Tracks
 
 # %% ../../../nbs/30_scoring/pdm/05_tracks.ipynb #c006
 FRAME_SAMPLES = 5  # 10 Hz samples from one annotated frame to the next
@@ -101,7 +101,7 @@ def interpolate_tracks(
     rows, first = {}, {}
     for k, f in enumerate(frames[:need]):
         for id, box, velocity, type in zip(f.id, f.box, f.velocity, f.type):
-            rows.setdefault(id, []).append([k * FRAME_SAMPLES * DT_S, *box[:3], *velocity])
+            rows.setdefault(id, []).append([k * FRAME_SAMPLES * DT_S, *box[:3], *(velocity * (type not in STATIC_TYPES))])
             first.setdefault(id, (*box[3:], type))
     state, valid = np.full((len(rows), n_samples, 7), np.nan), np.zeros((len(rows), n_samples), bool)
     for n, (id, seen) in enumerate(rows.items()):

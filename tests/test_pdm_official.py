@@ -77,7 +77,8 @@ def official(path, version):
     area = thing(_tokens=list(p.id), _geometries=[shapely.Polygon(p.ring(i) + origin) for i in range(len(p))], _map_types=[int(x) for x in p.type])
     plan = Plan([ego_state([*s, *np.zeros(8)], us) for s, us in zip(z[f"in_pdm_states_{version}"], z[f"in_pdm_time_us_{version}"])])
     values = dict(observation=thing(_occupancy_maps=maps, _unique_objects=objects), trajectory=plan, drivable_area_map=area,
-                  ego_state=ego_state(z["in_ego_state"], z["in_time_us"]), route_lane_ids=[i for i, on in zip(p.id, p.on_route) if on], centerline=thing(discrete_path=[xyh(x) for x in z["in_centerline"]]))
+                  ego_state=ego_state(z["in_ego_state"], z["in_time_us"]), route_lane_ids=[i for i, on in zip(p.id, p.on_route) if on],
+                  centerline=thing(discrete_path=[xyh(x) for x in z["in_centerline"]]))
     if version == "v2":
         past = Plan([ego_state(s, us) for s, us in zip(z["in_past_states"], z["in_past_time_us"])])
         values |= dict(past_human_trajectory=past, human_trajectory=thing(poses=z["in_human"]))
@@ -105,7 +106,8 @@ def test_converted_scenes_score_as_the_oracle(some, tmp_path):
         oracle = load_oracle_scene(path)
         np.testing.assert_allclose(c.ego, oracle.cache.ego, atol=1e-8)
         np.testing.assert_array_equal(c.red_lights.active, oracle.cache.red_lights.active)
-        columns = {navsim_v1_pdms: ("nc", "dac", "ttc", "comfort", "ep", "score"), navsim_v2_epdms: ("nc", "dac", "ddc", "tlc", "ttc", "lk", "hc", "ep", "score")}
+        columns = {navsim_v1_pdms: ("nc", "dac", "ttc", "comfort", "ep", "score"),
+                   navsim_v2_epdms: ("nc", "dac", "ddc", "tlc", "ttc", "lk", "hc", "ep", "score")}
         for score, names in columns.items():
             got, want = score(c, oracle.candidates), score(oracle.cache, oracle.candidates)
             for n in names: np.testing.assert_allclose(getattr(got, n), getattr(want, n), atol=1e-6, err_msg=f"{path.stem} {score.__name__} {n}")

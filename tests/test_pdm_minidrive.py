@@ -88,7 +88,7 @@ def test_the_graph_follows_the_lanes(caches):
         assert len(g) == (np.isin(c.polygons.type, LANE_TYPES)).sum() and [c.polygons.id[i] for i in g.polygon] == list(g.id)
         names = {lane_name(scene, i): l for i, l in scene.road.lanes.items()}
         for a, b in g.edges: assert g.id[b] in {lane_name(scene, j) for j in names[g.id[a]].successors}
-        for n, i in enumerate(g.id): np.testing.assert_allclose(g.lane(n)[:, :2] + c.origin, names[i].centerline[:, :2])
+        for n, i in enumerate(g.id): np.testing.assert_allclose(g.lane(n)[:, :2] + c.origin, names[i].centerline[:, :2], atol=1e-9)
 
 
 def test_red_lights_are_the_signals(caches):

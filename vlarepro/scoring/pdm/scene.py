@@ -11,6 +11,7 @@ __all__ = ['TYPES', 'STATIC_TYPES', 'LANE', 'INTERSECTION', 'DRIVABLE_AREA', 'LA
 # %% ../../../nbs/30_scoring/pdm/00_scene.ipynb #c003
 import dataclasses
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,11 +179,15 @@ class SceneCache:
 STATE = ("x", "y", "heading", "vx", "vy", "ax", "ay", "steering_angle", "steering_rate", "yaw_rate", "yaw_accel")
 
 # %% ../../../nbs/30_scoring/pdm/00_scene.ipynb #c014
+_KINDS = {"f": "floats", "i": "integers", "b": "booleans"}
+
+
 def _fail(c, field: str, why: str): raise ValueError(f"scene {c.token}: {field}: {why}")
 
 
-def _expect(c, field: str, a, shape: tuple, finite: bool = True) -> None:
+def _expect(c, field: str, a, shape: tuple, finite: bool = True, kind: str = "f") -> None:
     a = np.asarray(a)
+    if a.dtype.kind not in (kind if kind != "i" else "iu"): _fail(c, field, f"expected {_KINDS[kind]}, got {a.dtype}")
     if a.ndim != len(shape) or any(want is not None and have != want for have, want in zip(a.shape, shape)):
         _fail(c, field, f"expected shape ({', '.join('any' if s is None else str(s) for s in shape)}), got {a.shape}")
     if finite and a.dtype.kind == "f" and not np.isfinite(a).all(): _fail(c, field, f"{int((~np.isfinite(a)).sum())} values are not finite")
@@ -191,8 +196,8 @@ def _expect(c, field: str, a, shape: tuple, finite: bool = True) -> None:
 def _expect_tracks(c, version: str) -> None:
     t, n, name = c.tracks(version), N_TRACK_SAMPLES[version], f"tracks_{version}"
     _expect(c, f"{name}.state", t.state, (None, n, 7), finite=False)
-    _expect(c, f"{name}.valid", t.valid, (len(t.state), n))
-    _expect(c, f"{name}.type", t.type, (len(t.state),))
+    _expect(c, f"{name}.valid", t.valid, (len(t.state), n), kind="b")
+    _expect(c, f"{name}.type", t.type, (len(t.state),), kind="i")
     if len(t.id) != len(t.state): _fail(c, f"{name}.id", f"expected {len(t.state)} names, got {len(t.id)}")
     seen = t.state[t.valid]
     if not np.isfinite(seen).all(): _fail(c, f"{name}.state", "a box that is valid has a value that is not finite")
@@ -202,31 +207,38 @@ def _expect_tracks(c, version: str) -> None:
 
 def _expect_rings(c, field: str, xy, start, n: int) -> None:
     _expect(c, f"{field}.xy", xy, (None, 2))
-    _expect(c, f"{field}.start", start, (n + 1,))
+    _expect(c, f"{field}.start", start, (n + 1,), kind="i")
     if start[0] != 0 or start[-1] != len(xy) or (np.diff(start) < 3).any(): _fail(c, f"{field}.start", "every ring needs three points or more, and the last ring must end at the last point")
+
+def _expect_reference(c, name: str, r: Reference) -> None:
+    _expect(c, f"{name}.time_us", r.time_us, (None,), kind="i")
+    _expect(c, f"{name}.states", r.states, (len(r.time_us), 3))
+    if len(r.time_us) < 2 or (np.diff(r.time_us) <= 0).any(): _fail(c, f"{name}.time_us", "expected two times or more, increasing")
+    if r.time_us[0] > c.time_us or r.time_us[-1] < c.time_us + 4_000_000: _fail(c, f"{name}.time_us", f"expected to cover the 4 s from {c.time_us} on, got {r.time_us[0]} to {r.time_us[-1]}: another clock, or too short a plan")
 
 # %% ../../../nbs/30_scoring/pdm/00_scene.ipynb #c015
 def _validate(c: SceneCache) -> None:
+    if not isinstance(c.time_us, (int, np.integer)): _fail(c, "time_us", f"expected microseconds as an integer, got {c.time_us!r}")
     _expect(c, "origin", c.origin, (2,))
     _expect(c, "ego", c.ego, (11,))
     if np.abs(c.ego[:2]).max() > 1e-6: _fail(c, "ego", f"the scene frame has the rear axle at its origin, got {c.ego[:2].tolist()}")
     _expect(c, "past", c.past, (len(c.past_time_us), 11))
+    _expect(c, "past_time_us", c.past_time_us, (None,), kind="i")
     if (np.diff(c.past_time_us) <= 0).any(): _fail(c, "past_time_us", "times must increase")
     for v in N_TRACK_SAMPLES: _expect_tracks(c, v)
     p = c.polygons
     _expect_rings(c, "polygons", p.xy, p.start, len(p))
-    _expect(c, "polygons.on_route", p.on_route, (len(p),))
+    _expect(c, "polygons.type", p.type, (len(p),), kind="i")
+    _expect(c, "polygons.on_route", p.on_route, (len(p),), kind="b")
     if not np.isin(p.type, DRIVABLE_TYPES).any(): _fail(c, "polygons", "an empty map: no roadblock, intersection, car park or drivable area near the ego")
     _expect_rings(c, "red_lights", c.red_lights.xy, c.red_lights.start, c.red_lights.active.shape[1])
-    _expect(c, "red_lights.active", c.red_lights.active, (N_SAMPLES, None))
+    _expect(c, "red_lights.active", c.red_lights.active, (N_SAMPLES, None), kind="b")
     _expect(c, "centerline", c.centerline, (None, 3))
     if len(c.centerline) < 2 or np.ptp(c.centerline[:, :2], axis=0).max() == 0: _fail(c, "centerline", "expected two different points or more")
     if c.human is not None: _expect(c, "human", c.human, (8, 3))
     for v in N_TRACK_SAMPLES:
         r = getattr(c, f"reference_{v}")
-        if r is not None:
-            _expect(c, f"reference_{v}.states", r.states, (len(r.time_us), 3))
-            if len(r.time_us) < 2 or (np.diff(r.time_us) <= 0).any(): _fail(c, f"reference_{v}.time_us", "two times or more, increasing")
+        if r is not None: _expect_reference(c, f"reference_{v}", r)
     if (c.previous_ego is None) != (c.previous_time_us is None): _fail(c, "previous_ego", "give the earlier frame's time and state together")
     if c.previous_ego is not None: _expect(c, "previous_ego", c.previous_ego, (11,))
 
@@ -283,12 +295,15 @@ def load_cache(
     "Read one scene that `save_cache` wrote."
     try:
         with np.load(path, allow_pickle=False) as z: a = {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise ValueError(f"{path}: not a readable scene cache ({e})") from e
+    except FileNotFoundError: raise
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e: raise ValueError(f"{path}: not a readable scene cache ({type(e).__name__}: {e})") from e
     if str(a.pop("format", "")) != _FORMAT: raise ValueError(f"{path}: expected a file of format {_FORMAT}; write it with `save_cache`")
     fields = {}
     for f in dataclasses.fields(SceneCache):
         if f.name in _GROUPS:
             part = {g.name: a[f"{f.name}.{g.name}"] for g in dataclasses.fields(_GROUPS[f.name]) if f"{f.name}.{g.name}" in a}
+            gone = [g.name for g in dataclasses.fields(_GROUPS[f.name]) if part and g.name not in part]
+            if gone: raise ValueError(f"{path}: lacks {f.name}.{gone[0]}")
             if part: fields[f.name] = _GROUPS[f.name](**{k: _strings(v) if k in ("id", "block_id") else v for k, v in part.items()})
         elif f.name in a: fields[f.name] = a[f.name].item() if a[f.name].ndim == 0 else a[f.name]
     lacking = [f.name for f in dataclasses.fields(SceneCache) if f.default is dataclasses.MISSING and f.name not in fields]

@@ -181,8 +181,10 @@ def _extended(scorer: PDMScorer, states: np.ndarray, previous_plans) -> np.ndarr
     if previous_plans is None: return None
     if cache.previous_ego is None: raise ValueError(f"scene {cache.token}: previous_plans were given, but the scene has no previous_ego: leave them out, or write the cache with the earlier frame")
     if len(previous_plans) != len(states): raise ValueError(f"scene {cache.token}: {len(previous_plans)} previous plans for {len(states)} plans: one each")
-    earlier = simulate(cache.previous_ego, reference_path(previous_plans, cache.previous_ego, cache.previous_time_us))
-    return extended_comfort(states, earlier, (cache.time_us - cache.previous_time_us) * 1e-6).astype(float)
+    try:
+        earlier = simulate(cache.previous_ego, reference_path(previous_plans, cache.previous_ego, cache.previous_time_us))
+        return extended_comfort(states, earlier, (cache.time_us - cache.previous_time_us) * 1e-6).astype(float)
+    except ValueError as e: raise ValueError(f"scene {cache.token}: previous_plans, from the frame at previous_time_us: {e}") from e
 
 
 def navsim_v2_epdms(

@@ -139,7 +139,7 @@ def expansion_world(
     for r in m.layers["drivable_area"]:
         for t in r["polygon_tokens"]:
             s = m.shape(t)
-            if s is not None and s.intersects(near): areas += [MapArea(f"{t}-{i}", x, DRIVABLE_AREA) for i, x in enumerate(hole_free(s))]
+            if s is not None and s.intersects(near): areas += [MapArea(f"{t}-{i}", x, DRIVABLE_AREA) for i, x in enumerate(hole_free(s.intersection(near)))]
     crossings = [(r["token"], m.shape(r["polygon_token"])) for r in m.layers["road_segment"] if r["is_intersection"]]
     crossings = [MapArea(f"{t}-{i}", x, INTERSECTION) for t, s in crossings if s is not None and s.intersects(near) for i, x in enumerate(hole_free(s))]
     if not crossings: crossings = [MapArea(f"x_{i}", l["ring"], INTERSECTION) for i, l in lanes.items() if l["connector"]]
@@ -224,11 +224,9 @@ def read_log(
 ) -> Log:
     "Poses, ego status and boxes of one scene."
     if scene not in reader.scenes: raise KeyError(f"scene {scene!r}: {nearest(scene, reader.scenes)}")
-    n, samples = reader.nusc, []
-    token = n.get("scene", next(s["token"] for s in n.scene if s["name"] == scene))["first_sample_token"]
-    while token:
-        samples.append(n.get("sample", token))
-        token = samples[-1]["next"]
+    n = reader.nusc
+    token = next(s["token"] for s in n.scene if s["name"] == scene)
+    samples = sorted((s for s in n.sample if s["scene_token"] == token), key=lambda s: s["timestamp"])
     pose = [n.get("ego_pose", n.get("sample_data", s["data"]["LIDAR_TOP"])["ego_pose_token"]) for s in samples]
     R = rotations(np.array([p["rotation"] for p in pose], float))
     xyh = np.column_stack([np.array([p["translation"][:2] for p in pose], float), np.arctan2(R[:, 1, 0], R[:, 0, 0])])

@@ -255,7 +255,7 @@ class SlowScorer:
         step = np.concatenate([[0], np.linalg.norm(np.diff(center, axis=0), axis=1)]) * oncoming * (~center_crossing if self.v2 else 1)
         wrong_way = max(step[max(0, i - 10):i + 1].sum() for i in range(N + 1))
         points = shapely.points(center)
-        along = shapely.line_locate_point(self.line, points[[0, N]])
+        with np.errstate(invalid="ignore"): along = shapely.line_locate_point(self.line, points[[0, N]])  # repeated points of the line
         flags = self.comfort(states, history)
         ddc = 1.0 if wrong_way < 2 else 0.5 if wrong_way < 6 else 0.0
         out = dict(nc=nc, dac=float(not off.any()), ddc=ddc, tlc=1.0, ttc=ttc, lk=1.0, comfort=float(all(flags)), comfort_flags=flags,
@@ -329,30 +329,31 @@ def arc(kappa, heading, start):
     return at
 
 
-def strip(road, s0, s1, d0, d1, points=87):
+def strip(road, s0, s1, d0, d1, points):
     s = np.linspace(s0, s1, points)
     return np.concatenate([road(s, d0)[:, :2], road(s, d1)[::-1, :2]])
 
 
-def made_map(rng, road, extra):
+def made_map(rng, road, extra, points):
     "16 polygons: a road of three lanes through a crossing; `extra` more: a car park, then strips anywhere within 100 m."
     rings, types, route, ids = [], [], [], []
+    ribbon = lambda *a: strip(*a, points)
     def add(ring, kind, on_route=False):
         rings.append(ring), types.append(kind), route.append(on_route), ids.append(str(len(ids)))
     for s0, s1, kind in ((-60, 25, 0), (25, 50, 11), (50, 110, 0)):
-        add(strip(road, s0, s1, -1.75, 1.75), kind, True)
-        add(strip(road, s0, s1, 1.75, 5.25), kind, True)
-        add(strip(road, s0, s1, 5.25, 8.75), kind)
-        if kind == 0: add(strip(road, s0, s1, -2.4, 5.25), 17), add(strip(road, s0, s1, 5.25, 9.3), 17)
-    add(strip(road, 25, 50, -9, 15), 1)
+        add(ribbon(road, s0, s1, -1.75, 1.75), kind, True)
+        add(ribbon(road, s0, s1, 1.75, 5.25), kind, True)
+        add(ribbon(road, s0, s1, 5.25, 8.75), kind)
+        if kind == 0: add(ribbon(road, s0, s1, -2.4, 5.25), 17), add(ribbon(road, s0, s1, 5.25, 9.3), 17)
+    add(ribbon(road, 25, 50, -9, 15), 1)
     side = road(37.5, 0.0)
     cross = arc(0.0, side[2] - np.pi / 2, side[:2])
-    add(strip(cross, 9, 70, -3.5, 0), 0), add(strip(cross, 9, 70, -3.6, 3.6), 17)
+    add(ribbon(cross, 9, 70, -3.5, 0), 0), add(ribbon(cross, 9, 70, -3.6, 3.6), 17)
     for i in range(extra):
-        if i == 0: add(strip(road, -25, 5, -7.5, -2.4), 15)
+        if i == 0: add(ribbon(road, -25, 5, -7.5, -2.4), 15)
         else:
             anywhere = arc(rng.uniform(-0.01, 0.01), rng.uniform(-np.pi, np.pi), rng.uniform(-100, 100, 2))
-            add(strip(anywhere, 0, rng.uniform(30, 90), -1.75, 1.75), (0, 17, 11, 0)[i % 4], i % 3 == 0)
+            add(ribbon(anywhere, 0, rng.uniform(30, 90), -1.75, 1.75), (0, 17, 11, 0)[i % 4], i % 3 == 0)
     return Polygons.of(rings, types, route, ids)
 
 
@@ -390,31 +391,33 @@ def made_tracks(rng, road, n):
     return cut(51), cut(41)
 
 
-def made_scene(rng, agents=6, extra_polygons=0, red_light=False, token="made", origin=(0.0, 0.0), kappa=None):
+def made_scene(rng, agents=6, extra_polygons=0, red_light=False, token="made", origin=(0.0, 0.0), kappa=None, speed=None, points=87):
     "A random scene on a curved road with a crossing 25 m ahead."
-    heading, speed, d0 = rng.uniform(-np.pi, np.pi), rng.uniform(3, 11), rng.normal(0, 0.25)
+    heading, drawn, d0 = rng.uniform(-np.pi, np.pi), rng.uniform(3, 11), rng.normal(0, 0.25)
+    speed = drawn if speed is None else speed
+    moves = speed > 0
     kappa = rng.uniform(-0.012, 0.012) if kappa is None else kappa
     road = arc(kappa, heading, (d0 * np.sin(heading), -d0 * np.cos(heading)))
     s = speed * 0.5 * np.arange(-3, 1)
     past = np.zeros((4, 11))
-    past[:, :3], past[:, 3], past[:, 5], past[:, 6] = road(s, d0), speed + rng.normal(0, 0.1, 4), rng.normal(0, 0.4, 4), speed**2 * kappa
-    past[:, 2] = wrap(past[:, 2] + rng.normal(0, 0.01, 4))
+    past[:, :3], past[:, 3], past[:, 5], past[:, 6] = road(s, d0), speed + moves * rng.normal(0, 0.1, 4), moves * rng.normal(0, 0.4, 4), speed**2 * kappa
+    past[:, 2] = wrap(past[:, 2] + moves * rng.normal(0, 0.01, 4))
     past[:, :2] -= past[-1, :2]
     now_us = int(rng.integers(1_600_000_000_000_000, 1_700_000_000_000_000))
-    line = road(np.linspace(-60, 110, 171), 0.0)
-    ahead = road(speed * rng.uniform(0.85, 1.05) * DT * np.arange(51), np.linspace(d0, 0, 51))
-    human = road(speed * 0.5 * np.arange(1, 9), d0 * np.exp(-np.arange(1, 9) / 3)) - [0, 0, past[-1, 2]]
+    line = road(np.linspace(-60, 110, 2 * points - 3), 0.0)
+    ahead = road(speed * rng.uniform(0.85, 1.05) * DT * np.arange(51), np.linspace(d0, d0 * (1 - moves), 51))
+    human = road(speed * 0.5 * np.arange(1, 9), d0 * np.exp(-moves * np.arange(1, 9) / 3)) - [0, 0, past[-1, 2]]
     c, n = np.cos(past[-1, 2]), np.sin(past[-1, 2])
     human[:, :2] = human[:, :2] @ np.array([[c, -n], [n, c]])
     v1, v2 = made_tracks(rng, road, agents)
     lights = RedLights.none()
     if red_light:
-        rings = [strip(road, 25, 50, d - 1.75, d + 1.75) for d in (0.0, 3.5)]
+        rings = [strip(road, 25, 50, d - 1.75, d + 1.75, points) for d in (0.0, 3.5)]
         lights = RedLights.of(rings, np.arange(41)[:, None] < np.array([[rng.integers(15, 42), rng.integers(0, 42)]]))
     one = Reference(now_us + 100_000 * np.arange(51, dtype=np.int64), ahead)
-    other = dataclasses.replace(one, states=road(speed * rng.uniform(0.85, 1.05) * DT * np.arange(51), np.linspace(d0, 0, 51)))
+    other = dataclasses.replace(one, states=road(speed * rng.uniform(0.85, 1.05) * DT * np.arange(51), np.linspace(d0, d0 * (1 - moves), 51)))
     return SceneCache(token, "made", now_us, np.array(origin, float), past[-1].copy(), now_us + 500_000 * np.arange(-3, 1, dtype=np.int64), past, v1, v2,
-                      made_map(rng, road, extra_polygons), lights, line, one, other, human, now_us - 500_000, past[2].copy())
+                      made_map(rng, road, extra_polygons, points), lights, line, one, other, human, now_us - 500_000, past[2].copy())
 
 
 def made_plans(rng, cache, k):
@@ -454,3 +457,41 @@ def turned(cache, angle, origin):
         origin=np.array(origin, float), ego=pose(cache.ego), past=pose(cache.past), previous_ego=pose(cache.previous_ego), tracks_v1=boxes(cache.tracks_v1),
         tracks_v2=boxes(cache.tracks_v2), polygons=rings(cache.polygons), red_lights=rings(cache.red_lights), centerline=pose(cache.centerline),
         reference_v1=path(cache.reference_v1), reference_v2=path(cache.reference_v2))
+
+
+# ---------------------------------------------------------------------------------------------------------------- frozen cases
+FROZEN = {  # name: seed, which of its 40 plans, where in the world, options
+    "red_far_curve": (30, (3, 15, 30), (664_000.0, 3_997_000.0), dict(agents=3, kappa=0.012, red_light=True)),
+    "ghost_and_cones": (229, (2, 5, 37), (331_000.5, -4_690_000.25), dict(agents=6)),
+    "standing": (7, (0,), (0.0, 0.0), dict(agents=6, speed=0.0, red_light=True)),
+}
+
+
+def rounded(x):
+    "Every array to 1/1024, so that files stay small."
+    if dataclasses.is_dataclass(x): return dataclasses.replace(x, **{f.name: rounded(getattr(x, f.name)) for f in dataclasses.fields(x)})
+    return np.round(x * 1024) / 1024 if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+
+def frozen_inputs(name):
+    "The scene, 40 plans and 40 earlier plans behind a frozen case."
+    seed, _, origin, options = FROZEN[name]
+    rng = np.random.default_rng(seed)
+    cache = rounded(made_scene(rng, token=name, origin=origin, points=7, **options))
+    return cache, *map(rounded, made_plans(rng, cache, 40))
+
+
+def main():
+    from pathlib import Path
+
+    from vlarepro.scoring.pdm.oracle import freeze_scene
+    from vlarepro.scoring.pdm.schema import OracleScene
+    for name, (_, chosen, *_) in FROZEN.items():
+        cache, plans, previous = frozen_inputs(name)
+        folder = Path(__file__).parent / "pdm_cases"
+        folder.mkdir(exist_ok=True)
+        freeze_scene(folder / f"{name}.npz", OracleScene(cache, plans[list(chosen)], tuple(f"plan-{i}" for i in chosen), previous[list(chosen)], {}))
+
+
+if __name__ == "__main__":
+    main()

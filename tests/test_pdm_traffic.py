@@ -80,6 +80,23 @@ def test_a_rail_ends_with_its_lane():
     assert np.hypot(*free[-1, 5:7]) > np.hypot(*state[-1, 5:7])
 
 
+def test_onward_rails_go_on_over_the_straightest_lane():
+    scene = road([(85, 0, 0, 8)])
+    g, bend = scene.graph, line(30.0, 0.0)
+    end = bend[-1]
+    ahead = end + np.stack([np.zeros(40), np.arange(40.0), np.zeros(40)], -1)
+    turn = np.linspace(0, 1, 40)
+    curve = end + np.stack([30 * (np.cos(turn) - 1), 30 * np.sin(turn), turn], -1)
+    graph = LaneGraph(np.concatenate([g.center, curve, ahead]), np.append(g.start, g.start[-1] + [40, 80]), np.array([0, 1, -1, -1]), np.array([0, 0, 1, 2]),
+                      np.array([False, False, True, True]), np.full(4, LIMIT), np.array([[0, 2], [0, 3]]), g.route,
+                      ("a", "b", "curve", "ahead"), ("block", "c", "d"))
+    scene, ego = scene.replace(graph=graph), drive(speed=0.0, x=60.0, y=-30.0)[None]
+    alone, on = (reactive_tracks(scene, ego, onward=o)[0].state[0] for o in (False, True))
+    assert np.hypot(*on[-1, 5:7]) > np.hypot(*alone[-1, 5:7]) + 0.5
+    rails = traffic_start(scene, onward=True).rails
+    np.testing.assert_allclose([rails.x[-1], rails.heading[-1]], [end[0], np.pi / 2])
+
+
 def test_a_car_beside_the_road_stays_and_hides_only_from_contact():
     parked = (40.0, -4.0, 0.1, 0.0)
     tracks = reactive_tracks(road([parked, (0, WIDTH, 0, 8)]), AWAY[None])[0]

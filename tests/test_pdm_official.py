@@ -165,7 +165,7 @@ def test_bad_caches_are_refused(tmp_path, capsys):
 
 
 def test_pairs_are_neighbours_of_one_log():
-    at = lambda token, s, log="a", **k: straight_scene(token=token).replace(time_us=int(s * 1e6), log=log, **k)
+    at = lambda token, s, log="a", **k: straight_scene(token=token).replace(time_us=int(s * 1e6), log=log, reference_v1=None, reference_v2=None, **k)
     scenes = pair_frames([at("2", 1.5), at("0", 0), at("1", 1.0), at("x", 1.2, log="b"), at("3", 2.1), at("s", 1.9, synthetic=True)])
     assert {c.token: c.previous_time_us for c in scenes} == {"2": 1_000_000, "0": None, "1": None, "x": None, "3": None, "s": None}
 

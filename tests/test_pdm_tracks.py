@@ -79,8 +79,8 @@ def test_red_lights_equal_the_official_ones(oracle):
 
 def frame(rows):
     "Rows (id, x, y, heading, vx, vy)."
-    return Frame(tuple(r[0] for r in rows), np.array([[*r[1:4], 4.0, 2.0] for r in rows], float).reshape(-1, 5), np.array([r[4:6] for r in rows], float).reshape(-1, 2),
-                 np.zeros(len(rows), np.int8))
+    box, velocity = np.array([[*r[1:4], 4.0, 2.0] for r in rows], float), np.array([r[4:6] for r in rows], float)
+    return Frame(tuple(r[0] for r in rows), box.reshape(-1, 5), velocity.reshape(-1, 2), np.zeros(len(rows), np.int8))
 
 
 def test_a_ghost_can_differ_between_the_versions():

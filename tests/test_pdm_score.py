@@ -1,5 +1,7 @@
 """The PDM scorer against the official outputs, a slow second implementation, the laws that scores must obey, and bad input."""
 import dataclasses
+import importlib.util
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -481,3 +483,29 @@ def test_one_scene_many_threads():
     cache, plans, _ = drawn(5, k=8, agents=12)
     expected = navsim_v2_epdms(cache.replace(), plans).score
     for r in score_batch([cache] * 16, [plans] * 16, "v2", 8): np.testing.assert_array_equal(r.score, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the benchmark
+@pytest.fixture
+def benchmark(monkeypatch):
+    "benchmarks/pdm_scorer.py with a clock that does not wait and small batches."
+    spec = importlib.util.spec_from_file_location("pdm_scorer_benchmark", CASES.parent.parent / "benchmarks" / "pdm_scorer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ms", lambda f, *a: f() and 1.0 or 1.0)
+    monkeypatch.setattr(module, "GRPO", (2, 3))
+    monkeypatch.setattr(sys, "argv", ["pdm_scorer.py", "--json"])
+    return module
+
+
+def test_the_benchmark_prints_five_figures(benchmark, capsys):
+    benchmark.main()
+    figures = json.loads(capsys.readouterr().out)
+    assert list(figures) == ["machine", "pdms_ms_k64", "epdms_ms_k64", "epdms_ms_k1", "grpo_call_ms"]
+    assert figures["epdms_ms_k64"] == pytest.approx(1 / 64, rel=1e-3) and figures["epdms_ms_k1"] == figures["grpo_call_ms"] == 1
+
+
+def test_the_benchmark_reports_nothing_when_its_peer_disagrees(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(slow, "HALF_WIDTH", 1.3)
+    with pytest.raises(SystemExit, match="disagree"): benchmark.main()
+    assert capsys.readouterr().out == ""

@@ -250,14 +250,13 @@ def decide(
     cache: SceneCache,                           # with a lane graph
     version: str,                                # "v1" or "v2": whose scorer chooses
     *,
-    seen_now: "Bool[np.ndarray, 'n'] | None" = None,  # which tracks stand in the current frame; None: all that are valid now
     red_lanes: "list[int] | None" = None,        # lanes of the graph that are red now; None: the scene's red lights
 ) -> Choice:
     "Propose, simulate, score, choose."
     if version not in VERSIONS: raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")
     if cache.graph is None: raise ValueError(f"scene {cache.token}: graph is missing; PDM-Closed needs a lane graph")
     boxes = cache.tracks(version)
-    seen_now = boxes.valid[:, 0] if seen_now is None else seen_now & boxes.valid[:, 0]
+    seen_now = boxes.valid[:, 0] if boxes.seen_now is None else boxes.seen_now & boxes.valid[:, 0]   # not the ghosts of later frames
     try: route = plan_route(cache.graph, cache.ego, cache.polygons)
     except ValueError as e: raise ValueError(f"scene {cache.token}: {e}") from e
     limit = cache.graph.speed_limit_mps[route.start]
@@ -275,7 +274,7 @@ def decide(
 def pdm_closed(
     cache: SceneCache,  # with a lane graph
     version: str,       # "v1" or "v2"
-    **now,              # `seen_now`, `red_lanes` of `decide`
+    **now,              # `red_lanes` of `decide`
 ) -> Reference:         # 51 poses of the rear axle, 0.1 s apart, not simulated
     "PDM-Closed's plan, as a scene cache stores it."
     c = decide(cache, version, **now)

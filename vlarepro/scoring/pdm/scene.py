@@ -39,6 +39,7 @@ class Tracks:
     valid: Bool[np.ndarray, "n t"]
     type: Int8[np.ndarray, "n"]         # index into TYPES
     id: tuple[str, ...]
+    seen_now: Bool[np.ndarray, "n"] | None = None  # annotated in the present frame (a planner may know it); None: all that are valid now
 
     @classmethod
     def none(cls, n_samples: int) -> "Tracks":
@@ -198,6 +199,7 @@ def _expect_tracks(c, version: str) -> None:
     _expect(c, f"{name}.state", t.state, (None, n, 7), finite=False)
     _expect(c, f"{name}.valid", t.valid, (len(t.state), n), kind="b")
     _expect(c, f"{name}.type", t.type, (len(t.state),), kind="i")
+    if t.seen_now is not None: _expect(c, f"{name}.seen_now", t.seen_now, (len(t.state),), kind="b")
     if len(t.id) != len(t.state): _fail(c, f"{name}.id", f"expected {len(t.state)} names, got {len(t.id)}")
     seen = t.state[t.valid]
     if not np.isfinite(seen).all(): _fail(c, f"{name}.state", "a box that is valid has a value that is not finite")
@@ -281,7 +283,7 @@ def save_cache(
         value = getattr(cache, f.name)
         if value is None: continue
         if f.name in _GROUPS:
-            for g in dataclasses.fields(value): out[f"{f.name}.{g.name}"] = np.array(getattr(value, g.name))
+            out |= {f"{f.name}.{g.name}": np.array(getattr(value, g.name)) for g in dataclasses.fields(value) if getattr(value, g.name) is not None}
         else: out[f.name] = np.array(value)
     with atomic_write(path) as file: np.savez_compressed(file, **out)
 
@@ -302,7 +304,7 @@ def load_cache(
     for f in dataclasses.fields(SceneCache):
         if f.name in _GROUPS:
             part = {g.name: a[f"{f.name}.{g.name}"] for g in dataclasses.fields(_GROUPS[f.name]) if f"{f.name}.{g.name}" in a}
-            gone = [g.name for g in dataclasses.fields(_GROUPS[f.name]) if part and g.name not in part]
+            gone = [g.name for g in dataclasses.fields(_GROUPS[f.name]) if part and g.name not in part and g.default is dataclasses.MISSING]
             if gone: raise ValueError(f"{path}: lacks {f.name}.{gone[0]}")
             if part: fields[f.name] = _GROUPS[f.name](**{k: _strings(v) if k in ("id", "block_id") else v for k, v in part.items()})
         elif f.name in a: fields[f.name] = a[f.name].item() if a[f.name].ndim == 0 else a[f.name]

@@ -46,18 +46,21 @@ def _oracle_graph(z: dict, meta: dict, origin: np.ndarray) -> LaneGraph:
                      np.array(edges, np.int64).reshape(-1, 2), np.array([blocks.index(b) for b in meta["route_roadblock_ids"] if b in blocks], np.int64), tuple(order), tuple(blocks))
 
 # %% ../../../nbs/30_scoring/pdm/78_schema.ipynb #c007
-def _oracle_tracks(z: dict, version: str, ids: list, origin: np.ndarray) -> Tracks:
-    return Tracks(_shift(z[f"in_{version}_tracks"], origin), z[f"in_{version}_track_valid"].astype(bool), z[f"in_{version}_track_type"].astype(np.int8), tuple(ids))
+def _oracle_tracks(z: dict, version: str, ids: list, now: "set | None", origin: np.ndarray) -> Tracks:
+    seen_now = None if now is None else np.array([i in now for i in ids], bool)
+    return Tracks(_shift(z[f"in_{version}_tracks"], origin), z[f"in_{version}_track_valid"].astype(bool), z[f"in_{version}_track_type"].astype(np.int8), tuple(ids), seen_now)
 
 
 def _oracle_cache(z: dict, meta: dict, token: str) -> SceneCache:
     origin = np.array(z["in_ego_state"][:2], float)
+    notes = z.get("log_annotations")    # frame, track, ...; frame 3 is the present one
+    now = None if notes is None else {meta["track_tokens"][int(i)] for i in notes[notes[:, 0] == 3, 1]}
     reference = lambda v: Reference(z[f"in_pdm_time_us_{v}"].astype(np.int64), _shift(z[f"in_pdm_states_{v}"], origin))
     polygons = Polygons(_shift(z["in_poly_xy"], origin), z["in_poly_start"].astype(np.int64), z["in_poly_type"].astype(np.int8), z["in_poly_on_route"].astype(bool), tuple(meta["poly_ids"]))
     return SceneCache(
         token=token, log=meta["name"], time_us=int(z["in_time_us"]), origin=origin, ego=_shift(z["in_ego_state"], origin),
         past_time_us=z["in_past_time_us"].astype(np.int64), past=_shift(z["in_past_states"], origin),
-        tracks_v1=_oracle_tracks(z, "v1", meta["v1_track_tokens"], origin), tracks_v2=_oracle_tracks(z, "v2", meta["track_tokens"], origin),
+        tracks_v1=_oracle_tracks(z, "v1", meta["v1_track_tokens"], now, origin), tracks_v2=_oracle_tracks(z, "v2", meta["track_tokens"], now, origin),
         polygons=polygons, red_lights=RedLights(_shift(z["in_red_xy"], origin), z["in_red_start"].astype(np.int64), z["in_red_active"].astype(bool)),
         centerline=_shift(z["in_centerline"], origin), reference_v1=reference("v1"), reference_v2=reference("v2"), human=np.array(z["in_human"], float),
         previous_time_us=int(z["in_prev_time_us"]), previous_ego=_shift(z["in_prev_ego_state"], origin), graph=_oracle_graph(z, meta, origin))

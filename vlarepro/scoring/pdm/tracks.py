@@ -108,7 +108,7 @@ def interpolate_tracks(
         moving, valid[n] = _fill(np.array(seen), n_samples)
         state[n, :, :3], state[n, :, 5:], state[n, :, 3:5] = moving[:, :3], moving[:, 3:], first[id][:2]
         state[n, ~valid[n]] = np.nan
-    return Tracks(state, valid, np.array([f[2] for f in first.values()], np.int8), tuple(rows))
+    return Tracks(state, valid, np.array([f[2] for f in first.values()], np.int8), tuple(rows), np.isin(list(rows), frames[0].id) if rows else np.zeros(0, bool))
 
 
 def both_horizons(

@@ -37,5 +37,5 @@ __getattr__, __dir__ = lazy_api("vlarepro.scoring.pdm", {
     "score_batch": "score",
     "simulate": "simulation",
     "two_stage": "aggregate",
-    "two_stage_score": "two_stage",
+    "two_stage_score": "stages",
 })

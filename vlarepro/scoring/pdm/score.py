@@ -214,12 +214,14 @@ def score_batch(
     plans: list[Float[np.ndarray, "k 8 3"]],  # one array a scene; the numbers of candidates may differ
     version: str,                             # "v1": list of PDMS; "v2": list of EPDMS
     workers: int | None = None,               # threads; None: one a core
+    previous_plans: list | None = None,       # v2: of the earlier frames, one array a scene; switches EC on
     **options,                                # of `navsim_v2_epdms`
 ) -> list:
     "Score the candidates of many scenes, on all cores."
     if len(caches) != len(plans): raise ValueError(f"{len(caches)} scenes, but plans for {len(plans)}")
     if version not in VERSIONS: raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")
-    score = navsim_v1_pdms if version == "v1" else navsim_v2_epdms
-    workers = min(workers or len(os.sched_getaffinity(0)), len(caches))
-    if workers <= 1: return [score(c, p, **options) for c, p in zip(caches, plans)]
-    with ThreadPoolExecutor(workers) as pool: return list(pool.map(lambda cp: score(*cp, **options), zip(caches, plans)))
+    if previous_plans is not None and (version == "v1" or len(previous_plans) != len(caches)): raise ValueError(f"previous_plans: v2 takes one array a scene, got {len(previous_plans)} for {len(caches)} scenes of {version}")
+    def one(i: int): return navsim_v1_pdms(caches[i], plans[i]) if version == "v1" else navsim_v2_epdms(caches[i], plans[i], previous_plans=previous_plans[i] if previous_plans is not None else None, **options)
+    workers = min(workers or os.cpu_count(), len(caches))
+    if workers <= 1: return [one(i) for i in range(len(caches))]
+    with ThreadPoolExecutor(workers) as pool: return list(pool.map(one, range(len(caches))))

@@ -1,4 +1,10 @@
-"Reactive traffic: what must hold on any road, and a slow second implementation with shapely's geometry."
+"""Reactive traffic: equal to recorded output of the official code; what must hold on any road; a slow second implementation.
+
+The record `pdm_traffic_official.npz` was made by running NAVSIM's own NavsimIDMTrafficAgents (main, 0a380a9, with nuPlan's IDM agents) over the oracle
+scenes, candidates 0 and 5, with a stand-in for the map that answers from the scene's arrays: x, y, vx, vy of every vehicle at samples 1, 10, 20 and 40.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlarepro.scoring.pdm.scene import LANE, ROADBLOCK, LaneGraph, Polygons, RedLights, SceneCache, Tracks
+from vlarepro.scoring.pdm.schema import load_oracle_scene
 from vlarepro.scoring.pdm.traffic import reactive_tracks, traffic_start
 
 WIDTH, LIMIT = 3.5, 12.0
@@ -186,6 +193,24 @@ def test_a_candidate_does_not_depend_on_the_others():
     for i in (2, 0, 1): np.testing.assert_array_equal(reactive_tracks(scene, states[i:i + 1])[0].state, together[i].state)
 
 
+def test_equal_to_the_official_traffic(shared_folder):
+    with np.load(Path(__file__).with_name("pdm_traffic_official.npz"), allow_pickle=False) as z:
+        names, samples, key, value = (z[k] for k in ("scenes", "samples", "key", "value"))
+    n = 0
+    for scene, name in enumerate(names):
+        oracle = load_oracle_scene(shared_folder / "navsim" / "oracle" / f"{name}.npz")
+        for k in (0, 5):
+            tracks = reactive_tracks(oracle.cache, oracle.expected["out_sim"][k:k + 1])[0]
+            mine = (key[:, 0] == scene) & (key[:, 1] == k)
+            want = {(oracle.cache.tracks_v2.id[i], s): v for (_, _, i, s), v in zip(key[mine], value[mine])}
+            vehicles = [j for j in range(len(tracks.id)) if tracks.type[j] == 0]
+            assert {(tracks.id[j], s) for j in vehicles for s in samples if tracks.valid[j, s]} == set(want), name
+            for (track, s), v in want.items():
+                np.testing.assert_allclose(tracks.state[tracks.id.index(track), s, [0, 1, 5, 6]], v, rtol=0, atol=1e-8, err_msg=name)
+            n += len(want)
+    assert n == len(key) > 1000
+
+
 class Slow:
     "The same traffic with shapely's polygons, written from the description."
 
@@ -222,9 +247,10 @@ class Slow:
             for i in np.flatnonzero(alive[:-1, t]):
                 end, mine = self.arc[i][-1], self.pose(i, s[i])
                 way = self.strip(i, s[i] if s[i] < end else end - 1, end)
-                hits = [(shapes[i].distance(g), k) for k, g in enumerate([*shapes, ego]) if k != i and alive[k, t] and g.intersects(way)]
+                hits = [(shapes[i].distance(g), g.bounds[1] + g.bounds[3], g.bounds[0] + g.bounds[2], k)
+                        for k, g in enumerate([*shapes, ego]) if k != i and alive[k, t] and g.intersects(way)]
                 if hits:
-                    gap, k = min(hits)
+                    gap, k = min(hits)[0], min(hits)[3]                          # of several at one distance the southernmost
                     lead = np.hypot(e[3], e[4]) * np.cos(e[2] - mine[2]) if k == self.n else v[k] * np.cos(self.pose(k, s[k])[2] - mine[2])
                 else: gap, lead = end - s[i] - size[i, 0] / 2, 0.0
                 wish = 1 + 1.5 * v[i] + v[i] * (v[i] - lead) / (2 * np.sqrt(2))

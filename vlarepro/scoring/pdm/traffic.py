@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SNAP_M', 'STANDING_MPS', 'DEFAULT_SPEED_MPS', 'RADIUS_M', 'MINIMUM_PATH_M', 'GAP_M', 'HEADWAY_S', 'ACCEL_MPS2',
-           'BRAKE_MPS2', 'STEP_S', 'VEHICLE_TYPE', 'nearest_pose', 'starting_lane', 'Rails', 'make_rails', 'rail_line',
-           'Start', 'traffic_start', 'traffic_acceleration', 'drive_traffic', 'reactive_tracks']
+           'BRAKE_MPS2', 'STEP_S', 'VEHICLE_TYPE', 'nearest_pose', 'holding', 'starting_lane', 'Rails', 'make_rails',
+           'rail_line', 'Start', 'traffic_start', 'traffic_acceleration', 'drive_traffic', 'reactive_tracks']
 
 # %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c003
 from math import sqrt
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import shapely
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int8
 from numba import njit
 
 from .geometry import boxes_touch, in_ring, slice_rings
@@ -43,21 +43,27 @@ def nearest_pose(
     return s, np.array([*p, np.arctan2(*(ahead - p0)[::-1])])
 
 
+@njit(cache=True, nogil=True)
+def holding(x, y, rings):
+    "Which rings hold a point, strictly."
+    out = np.zeros(rings.box.shape[0], np.bool_)
+    for i in range(len(out)): out[i] = in_ring(x, y, rings, i)
+    return out
+
+
 def starting_lane(
     graph: LaneGraph,
-    polygons,                         # Polygons of the scene
-    rings,                            # the same, from `slice_rings`
-    pose: Float[np.ndarray, "3"],     # x, y, heading of the vehicle's centre
+    kinds: Int8[np.ndarray, "p"],     # types of the scene's polygons
+    held: Bool[np.ndarray, "p"],      # those that hold the vehicle's centre
+    pose: Float[np.ndarray, "3"],     # x, y, heading of that centre
 ) -> int:                             # -1: on no lane
     "The lane or connector that a vehicle drives on."
-    x, y, h = pose
-    inside = lambda kind: any(in_ring(x, y, rings, int(i)) for i in np.flatnonzero(polygons.type == kind))
-    if inside(LANE): wanted = ~graph.is_connector
-    elif inside(INTERSECTION): wanted = graph.is_connector
+    if (held & (kinds == LANE)).any(): wanted = ~graph.is_connector
+    elif (held & (kinds == INTERSECTION)).any(): wanted = graph.is_connector
     else: return -1
-    lanes = [int(i) for i in np.flatnonzero(wanted & (graph.polygon >= 0)) if in_ring(x, y, rings, int(graph.polygon[i]))]
-    turn = [abs(np.angle(np.exp(1j * (nearest_pose(graph.lane(i), pose[:2])[1][2] - h)))) for i in lanes]
-    return lanes[int(np.argmin(turn))] if lanes else -1
+    lanes = np.flatnonzero(wanted & (graph.polygon >= 0) & held[graph.polygon])
+    turn = [abs(np.angle(np.exp(1j * (nearest_pose(graph.lane(i), pose[:2])[1][2] - pose[2])))) for i in lanes]
+    return int(lanes[np.argmin(turn)]) if len(lanes) else -1
 
 # %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c008
 class Rails(NamedTuple):
@@ -72,7 +78,7 @@ class Rails(NamedTuple):
 
 def _thinned(line: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "p 3"]:
     line = line[np.concatenate([[True], np.hypot(*np.diff(line[:, :2], axis=0).T) > 1e-6])]
-    kept = set(map(tuple, shapely.get_coordinates(shapely.simplify(shapely.LineString(line[:, :2]), 1e-3))))
+    kept = set(map(tuple, shapely.get_coordinates(shapely.simplify(shapely.LineString(line[:, :2]), 1e-6))))
     rows = [i for i, p in enumerate(line) if (p[0], p[1]) in kept]
     return line[rows]
 
@@ -137,18 +143,20 @@ def traffic_start(
     "Put the vehicles of a scene on rails."
     if cache.graph is None: raise ValueError(f"scene {cache.token}: graph: reactive traffic needs the lane graph; without one only log replay works")
     g, tracks, rings = cache.graph, cache.tracks_v2, slice_rings(cache.polygons.xy, cache.polygons.start)
+    road = np.isin(cache.polygons.type, (LANE, INTERSECTION))
     taken = [_box(*centers(cache.ego), cache.ego[2], 2 * VEHICLE.half_length, 2 * VEHICLE.half_width)]
     on, s0, lanes, standing, gone, target, limit = [], [], [], [], [], [], DEFAULT_SPEED_MPS
     for row in np.flatnonzero((tracks.type == VEHICLE_TYPE) & tracks.valid[:, 0]):
         x, y, h, length, width, vx, vy = tracks.state[row, 0]
-        lane = starting_lane(g, cache.polygons, rings, np.array([x, y, h]))
+        held = holding(x, y, rings)
+        lane = starting_lane(g, cache.polygons.type, held, np.array([x, y, h]))
         s, pose = nearest_pose(g.lane(lane), np.array([x, y])) if lane >= 0 else (0.0, np.array([x, y, h]))
         away = np.hypot(pose[0] - x, pose[1] - y)
         if lane >= 0 and away <= SNAP_M and not any(boxes_touch(*_box(*pose, length, width), *b) for b in taken):
             taken.append(_box(*pose, length, width))
             if g.speed_limit_mps[lane] > 0: limit = float(g.speed_limit_mps[lane])   # an unknown limit is that of the vehicle before
             on.append(row); s0.append(s); lanes.append(lane); target.append(limit)
-        elif away > SNAP_M or lane < 0 and np.hypot(vx, vy) < STANDING_MPS and not _in_layers(x, y, cache.polygons, rings): standing.append(row)
+        elif away > SNAP_M or lane < 0 and np.hypot(vx, vy) < STANDING_MPS and not held[road].any(): standing.append(row)
         else: gone.append(row)
     state = tracks.state[on, 0]
     rows = lambda x: np.array(x, np.int64)
@@ -156,10 +164,6 @@ def traffic_start(
     far = np.array(s0, float) + (MINIMUM_PATH_M + (4.0 + HEADWAY_S) * np.maximum(speed, target)) * onward
     lines = [rail_line(g, i, d if onward else 0.0) for i, d in zip(lanes, far)]
     return Start(make_rails(lines), rows(on), np.array(s0, float), speed, state[:, 3:5].copy(), target, rows(standing), rows(gone))
-
-
-def _in_layers(x, y, polygons, rings) -> bool:
-    return any(in_ring(x, y, rings, int(i)) for i in np.flatnonzero(np.isin(polygons.type, (LANE, INTERSECTION))))
 
 # %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c017
 @njit(cache=True, nogil=True)
@@ -312,6 +316,13 @@ def _enclose(boxes, n, out):
 
 # %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c025
 @njit(cache=True, nogil=True)
+def _lower(a, b):
+    "Does GEOS's search tree list the box a before b? It sorts by y, then by x."
+    ya, yb = a[1] + a[3], b[1] + b[3]
+    return ya < yb or (ya == yb and a[0] + a[2] < b[0] + b[2])
+
+
+@njit(cache=True, nogil=True)
 def _leader(r, i, s, width, pose, speed, active, quads, boxes, count, bound, way, way_boxes):
     "Gap to the nearest thing on the path to go and its speed along the own heading; -1 when the road is free."
     b, n = r.start[i + 1] - 1, count.shape[0]
@@ -322,10 +333,12 @@ def _leader(r, i, s, width, pose, speed, active, quads, boxes, count, bound, way
     _enclose(way_boxes, m, reach)
     best, who = np.inf, -1
     for j in range(n):
-        if j == i or not active[j] or _box_gap(reach, bound[j]) > 0.0 or _box_gap(bound[i], bound[j]) >= best * best: continue
+        if j == i or not active[j] or _box_gap(reach, bound[j]) > 0.0 or _box_gap(bound[i], bound[j]) > best * best: continue
+        if best == 0.0 and not _lower(bound[j], bound[who]): continue
         if not _touch(way, way_boxes, m, quads[j], boxes[j], count[j]): continue
-        d = _distance(quads[i], boxes[i], count[i], quads[j], boxes[j], count[j], best)
-        if d < best: best, who = d, j
+        if best > 0.0: d = _distance(quads[i], boxes[i], count[i], quads[j], boxes[j], count[j], best)
+        else: d = 0.0 if _touch(quads[i], boxes[i], count[i], quads[j], boxes[j], count[j]) else np.inf
+        if d < best or d == 0.0: best, who = d, j
     return best, (speed[who] * np.cos(pose[who, 2] - pose[i, 2]) if who >= 0 else 0.0), who
 
 

@@ -19,7 +19,6 @@ import os
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -63,8 +62,8 @@ def score(cache, plans, previous, version): return navsim_v1_pdms(cache, plans) 
 
 def batch(scenes, version, workers):
     "Many scenes in one call."
-    if version == "v1": return score_batch([s[0] for s in scenes], [s[1] for s in scenes], version, workers)
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool: return list(pool.map(lambda s: score(*s, version), scenes))
+    caches, plans, previous = map(list, zip(*scenes))
+    return score_batch(caches, plans, version, workers, None if version == "v1" else previous)
 
 
 def ms(f, clock=time.process_time, at_least_s=0.3):

@@ -467,15 +467,16 @@ def test_arrays_of_another_kind_are_refused(scene, tmp_path, field, value):
 
 # ---------------------------------------------------------------------------------------------------------------- batches
 def test_batches_equal_single_calls_on_any_number_of_threads():
-    scenes = [drawn(s, k=3 + s % 4) for s in range(12)]
-    caches, plans = [s[0] for s in scenes], [s[1] for s in scenes]
-    single = [both(c, p, None) for c, p in zip(caches, plans)]
+    caches, plans, previous = zip(*[drawn(s, k=3 + s % 4) for s in range(12)])
+    single = [both(c, p, q) for c, p, q in zip(caches, plans, previous)]
     for workers in (1, 4, None):
         fresh = [c.replace() for c in caches]
-        v1, v2 = score_batch(fresh, plans, "v1", workers), score_batch(fresh, plans, "v2", workers)
+        v1, v2 = score_batch(fresh, plans, "v1", workers), score_batch(fresh, plans, "v2", workers, previous)
         for a, b, c in zip(single, v1, v2): assert_same(a, (b, c), 0)
     plain = score_batch(caches, plans, "v2", 2, human_filter=False)
-    for a, b in zip(single, plain): np.testing.assert_array_equal(a[1].unfiltered, b.score)
+    for c, p, b in zip(caches, plans, plain): np.testing.assert_array_equal(navsim_v2_epdms(c, p).unfiltered, b.score)
+    with pytest.raises(ValueError, match="previous_plans"): score_batch(caches, plans, "v2", previous_plans=previous[:3])
+    with pytest.raises(ValueError, match="previous_plans"): score_batch(caches, plans, "v1", previous_plans=previous)
 
 
 def test_one_scene_many_threads():

@@ -6,6 +6,7 @@ import pytest
 import vlarepro.scoring.pdm.stages as module
 from vlarepro.core.seeds import rng
 from vlarepro.scoring.pdm.aggregate import METRICS
+from vlarepro.scoring.pdm.scene import Tracks
 from vlarepro.scoring.pdm.score import navsim_v2_epdms
 from vlarepro.scoring.pdm.simulation import VEHICLE, centers
 from vlarepro.scoring.pdm.stages import (
@@ -87,6 +88,18 @@ def test_replay_equals_the_scorer(group):
         want = navsim_v2_epdms(c, plans)
         for k in METRICS: np.testing.assert_allclose(got[k], getattr(want, k), atol=1e-12)
         np.testing.assert_array_equal(states, want.states)
+
+
+def test_a_vehicle_that_touches_the_ego_at_the_start_counts_in_reactive_traffic_alone(group):
+    c = group.now
+    t = c.tracks_v2
+    ahead = 4.5 * np.array([np.cos(c.ego[2]), np.sin(c.ego[2])])
+    box = np.tile([*ahead, c.ego[2], 4.5, 1.9, *c.ego[3] * ahead / 4.5], (1, 41, 1)).reshape(1, 41, 7)
+    valid, kind = np.concatenate([t.valid, np.ones((1, 41), bool)]), np.append(t.type, 0).astype(np.int8)
+    touching = Tracks(np.concatenate([t.state, box]), valid, kind, (*t.id, "touching"))
+    c = c.replace(tracks_v2=touching, synthetic=True)
+    plan = constant_velocity(c)[None]
+    assert reactive_metrics(c, plan, "replay")[0]["nc"][0] == 1 and reactive_metrics(c, plan, "reactive")[0]["nc"][0] == 0
 
 
 @pytest.mark.parametrize("traffic", ["reactive", "onward"])

@@ -172,10 +172,18 @@ def make_group(
 TRAFFIC = ("reactive", "onward", "replay")   # NAVSIM's; reactive with rails that go on; the log
 
 
+@dataclass(frozen=True)
+class _Shown:
+    "Tracks as `prepare_boxes` reads a scene's."
+    boxes: Tracks
+
+    def tracks(self, version: str) -> Tracks: return self.boxes
+
+
 def _in_traffic(scorer: PDMScorer, tracks: Tracks) -> PDMScorer:
-    "The same scorer with other boxes."
+    "The same scorer with other boxes, all of them, as v1 keeps them."
     out = copy.copy(scorer)
-    out.boxes = prepare_boxes(scorer.cache.replace(tracks_v2=tracks), "v2")
+    out.boxes = prepare_boxes(_Shown(tracks), "v1")
     return out
 
 

@@ -194,7 +194,7 @@ def _add_box(x, y, h, length, width, quads, boxes, n):
     _close_piece(quads, boxes, n)
     return n + 1
 
-
+# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c018
 @njit(cache=True, nogil=True)
 def _add_strip(r, i, begin, end, half, quads, boxes, n):
     "The strip along rail i between two arc lengths: one quadrilateral a segment, flat ends."
@@ -222,7 +222,7 @@ def _add_strip(r, i, begin, end, half, quads, boxes, n):
         if last: return n
         x, y, j = ex, ey, k
 
-# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c019
+# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c020
 @njit(cache=True, nogil=True)
 def _separated(p, q):
     "Is there an edge of p with all of q strictly beyond it?"
@@ -284,7 +284,7 @@ def _distance(quads, boxes, n, other, other_boxes, m, limit):
             best = min(best, _square_gap(quads[i], other[j]), _square_gap(other[j], quads[i]))
     return np.sqrt(best)
 
-# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c023
+# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c024
 _SQRT_AB = sqrt(ACCEL_MPS2 * BRAKE_MPS2)
 _EGO_LENGTH, _EGO_WIDTH = 2 * VEHICLE.half_length, 2 * VEHICLE.half_width
 
@@ -314,7 +314,7 @@ def _footprint(r, i, s, v, length, width, quads, boxes):
 def _enclose(boxes, n, out):
     out[0], out[1], out[2], out[3] = boxes[:n, 0].min(), boxes[:n, 1].min(), boxes[:n, 2].max(), boxes[:n, 3].max()
 
-# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c025
+# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c026
 @njit(cache=True, nogil=True)
 def _lower(a, b):
     "Does GEOS's search tree list the box a before b? It sorts by y, then by x."
@@ -341,7 +341,7 @@ def _leader(r, i, s, width, pose, speed, active, quads, boxes, count, bound, way
         if d < best or d == 0.0: best, who = d, j
     return best, (speed[who] * np.cos(pose[who, 2] - pose[i, 2]) if who >= 0 else 0.0), who
 
-
+# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c027
 @njit(cache=True, nogil=True)
 def drive_traffic(
     r,             # Rails of n vehicles
@@ -383,7 +383,7 @@ def drive_traffic(
             _enclose(boxes[i], count[i], bound[i])
             out[t, i, 0], out[t, i, 1], out[t, i, 2], out[t, i, 3] = pose[i, 0], pose[i, 1], pose[i, 2], speed[i]
 
-# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c027
+# %% ../../../nbs/30_scoring/pdm/82_traffic.ipynb #c029
 @njit(cache=True, nogil=True)
 def _undisturbed(
     fixed,    # (m, 5) x, y, heading, length, width of standing vehicles

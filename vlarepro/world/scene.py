@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['EGO_SIZE_LWH', 'WHEEL_BASE_M', 'LIDAR_FORWARD_M', 'LIDAR_UP_M', 'EGO_CENTER_FORWARD_M', 'DT_S', 'N_STEPS',
            'KEYFRAME_STEP', 'GREEN', 'YELLOW', 'RED', 'UNKNOWN', 'LEFT', 'FORWARD', 'RIGHT', 'EGO_COLUMNS',
-           'EVENT_KINDS', 'LOCATIONS', 'Lane', 'Signal', 'StopLine', 'Prop', 'Road', 'Agent', 'Event', 'Scene',
-           'box_corners', 'ego_box_centers', 'boxes_overlap', 'scene_hash', 'keyframes']
+           'EVENT_KINDS', 'ROAD_KINDS', 'MARK_KINDS', 'SIGN_KINDS', 'LOCATIONS', 'Lane', 'Signal', 'StopLine', 'Prop',
+           'Fixture', 'Road', 'Agent', 'Event', 'Scene', 'box_corners', 'ego_box_centers', 'boxes_overlap',
+           'scene_hash', 'keyframes']
 
 # %% ../../nbs/10_world/00_scene.ipynb #c003
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 import hashlib
 
 import numpy as np
@@ -27,6 +28,9 @@ GREEN, YELLOW, RED = 0, 1, 2
 UNKNOWN, LEFT, FORWARD, RIGHT = 0, 1, 2, 3
 EGO_COLUMNS = ('x', 'y', 'yaw', 'speed', 'accel', 'yaw_rate', 'steering')
 EVENT_KINDS = ('cut_in', 'brake_leader', 'pedestrian', 'red_light', 'obstacle', 'turn')
+ROAD_KINDS = ('straight', 'curve', 's_curve', 'four_way', 't_intersection', 'roundabout', 'merge', 'lane_drop', 'two_way', 'work_zone')
+MARK_KINDS = ('dashed', 'solid', 'double', 'edge', 'center', 'temporary', 'hatch', 'arrow')  # white, white, two yellow, white, dashed yellow, orange, white area, white area
+SIGN_KINDS = ('sign_stop', 'sign_yield', 'sign_roundabout', 'sign_merge', 'sign_lane_ends', 'sign_works', 'sign_chevron', 'sign_limit')
 LOCATIONS = ('singapore-onenorth', 'singapore-hollandvillage', 'singapore-queenstown', 'boston-seaport')
 
 # %% ../../nbs/10_world/00_scene.ipynb #c008
@@ -59,14 +63,23 @@ class StopLine:
     line: Float[np.ndarray, "2 2"]
     lanes: tuple[int, ...]
     signal: int | None
+    kind: str = 'stop'                    # 'signal', 'stop' or 'yield'
 
 @dataclass(frozen=True)
 class Prop:
     "Something beside the road whose parallax shows the ego's motion."
-    kind: str                             # 'building', 'tree', 'pole' or 'bush'
+    kind: str                             # 'building', 'tree', 'pole', 'bush' or one of SIGN_KINDS
     xyz: Float[np.ndarray, "3"]           # base centre [m]
     size_lwh: Float[np.ndarray, "3"]      # [m]
     yaw_rad: float
+    color: UInt8[np.ndarray, "3"]         # RGB
+
+@dataclass(frozen=True)
+class Fixture:
+    "A cone or a barrier that belongs to the road (a work zone); scenes hold it as an agent that never moves."
+    category: str                         # nuScenes name
+    pose: Float[np.ndarray, "3"]          # x, y, yaw
+    size_lwh: Float[np.ndarray, "3"]      # [m]
     color: UInt8[np.ndarray, "3"]         # RGB
 
 # %% ../../nbs/10_world/00_scene.ipynb #c009
@@ -80,8 +93,12 @@ class Road:
     crosswalks: list[np.ndarray]          # polygons (4, 2), the first edge runs across the road
     stop_lines: list[StopLine]
     signals: list[Signal]
-    marks: list[tuple[np.ndarray, str]]   # polyline (n, 2), 'dashed' | 'solid' | 'double' | 'edge'
+    marks: list[tuple[np.ndarray, str]]   # polyline (n, 2), one of MARK_KINDS
     props: list[Prop]
+    islands: list[np.ndarray] = field(default_factory=list)          # raised polygons (m, 2) between carriageways
+    fixtures: list[Fixture] = field(default_factory=list)
+    yields: dict[int, tuple[int, ...]] = field(default_factory=dict) # connector -> connectors and lanes whose traffic goes first
+    phases: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)  # per junction: groups of signal ids that are green together
 
 # %% ../../nbs/10_world/00_scene.ipynb #c011
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EGO_SIZE_LWH', 'WHEEL_BASE_M', 'LIDAR_FORWARD_M', 'LIDAR_UP_M', 'EGO_CENTER_FORWARD_M', 'DT_S', 'N_STEPS',
            'KEYFRAME_STEP', 'GREEN', 'YELLOW', 'RED', 'UNKNOWN', 'LEFT', 'FORWARD', 'RIGHT', 'EGO_COLUMNS',
-           'EVENT_KINDS', 'ROAD_KINDS', 'MARK_KINDS', 'SIGN_KINDS', 'LOCATIONS', 'Lane', 'Signal', 'StopLine', 'Prop',
-           'Fixture', 'Road', 'Agent', 'Event', 'Scene', 'box_corners', 'ego_box_centers', 'boxes_overlap',
-           'scene_hash', 'keyframes']
+           'EVENT_KINDS', 'FAMILIES', 'ROAD_KINDS', 'MARK_KINDS', 'SIGN_KINDS', 'LOCATIONS', 'Lane', 'Signal',
+           'StopLine', 'Prop', 'Fixture', 'Road', 'Agent', 'Event', 'Scene', 'box_corners', 'ego_box_centers',
+           'boxes_overlap', 'scene_hash', 'keyframes']
 
 # %% ../../nbs/10_world/00_scene.ipynb #c003
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -27,7 +27,8 @@ KEYFRAME_STEP = 5                      # 10 Hz -> 2 Hz: 41 keyframes a scene
 GREEN, YELLOW, RED = 0, 1, 2
 UNKNOWN, LEFT, FORWARD, RIGHT = 0, 1, 2, 3
 EGO_COLUMNS = ('x', 'y', 'yaw', 'speed', 'accel', 'yaw_rate', 'steering')
-EVENT_KINDS = ('cut_in', 'brake_leader', 'pedestrian', 'red_light', 'obstacle', 'turn')
+EVENT_KINDS = ('cut_in', 'brake_leader', 'pedestrian', 'red_light', 'obstacle', 'turn', 'yield', 'cyclist', 'work_zone')
+FAMILIES = ('cruise', 'leader', *EVENT_KINDS)  # what a scene is mostly about; without an event: alone or behind somebody
 ROAD_KINDS = ('straight', 'curve', 's_curve', 'four_way', 't_intersection', 'roundabout', 'merge', 'lane_drop', 'two_way', 'work_zone')
 MARK_KINDS = ('dashed', 'solid', 'double', 'edge', 'center', 'temporary', 'hatch', 'arrow')  # white, white, two yellow, white, dashed yellow, orange, white area, white area
 SIGN_KINDS = ('sign_stop', 'sign_yield', 'sign_roundabout', 'sign_merge', 'sign_lane_ends', 'sign_works', 'sign_chevron', 'sign_limit')
@@ -137,6 +138,9 @@ class Scene:
     command: Int8[np.ndarray, "t"]        # UNKNOWN, LEFT, FORWARD or RIGHT, from the route's next ~30 m
     light: float                          # brightness of the day, 1 = noon
     texture_seed: int
+    family: str = 'cruise'                # one of FAMILIES
+    plan_path: Float[np.ndarray, "n 3"] = field(default_factory=lambda: np.zeros((0, 3)))   # x, y, yaw every 0.5 m: the line the expert means to drive
+    plan_speed_mps: Float[np.ndarray, "n"] = field(default_factory=lambda: np.zeros(0))     # and how fast, if nobody were there
 
 # %% ../../nbs/10_world/00_scene.ipynb #c013
 def box_corners(

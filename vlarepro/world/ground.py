@@ -120,7 +120,7 @@ def _street(length_m: float) -> Road:
             y = 1.75 + side * dict(building=15, tree=8, pole=6, bush=7)[kind]
             props.append(Prop(kind, np.array([centre, y, 0.]), np.array(size), 0., gen.integers(70, 210, 3).astype(np.uint8)))
     return Road('straight', lanes, drivable, [rect(56.5, -2.2, 63.5, 5.7)], [rect(51, -2.2, 54, 5.7)],
-                [StopLine(np.array([[49., -1.75], [49., 1.75]]), (0,), 0)], [Signal(0, np.array([66., -3., 4.6]), np.pi, (0,))], marks, props)
+                [StopLine(np.array([[49., -1.75], [49., 1.75]]), (0,), 0, 'signal')], [Signal(0, np.array([66., -3., 4.6]), np.pi, (0,))], marks, props)
 
 # %% ../../nbs/10_world/52_ground.ipynb #c016
 def demo_scene(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VERSION', 'WORLD_VERSION', 'EPOCH_US', 'CATEGORIES', 'ATTRIBUTES', 'VISIBILITY', 'CHANNELS', 'LIDAR_X', 'LIDAR_Z',
            'MARGIN_M', 'BEAM_RAD', 'ATTRIBUTE_OF', 'HAPPENS', 'STEERING_RATIO', 'WHEEL_RADIUS_M', 'GRAVITY', 'GRID',
-           'CELL_M', 'BAND_M', 'LIST_LAYERS', 'DICT_LAYERS', 'ARC_M', 'Tokens', 'start_us', 'static_tables',
-           'calibrated_sensors', 'scene_extent', 'shelf_pack', 'filename', 'frame_tables', 'annotated', 'lidar_returns',
-           'annotation_tables', 'describe', 'scene_tables', 'can_columns', 'can_bus', 'lidar_clouds', 'mask_png',
-           'Layers', 'arcs', 'bend_nodes', 'map_layers', 'fragment']
+           'CELL_M', 'BAND_M', 'LIST_LAYERS', 'DICT_LAYERS', 'ARC_M', 'STOP_LINE_TYPES', 'Tokens', 'start_us',
+           'static_tables', 'calibrated_sensors', 'scene_extent', 'shelf_pack', 'filename', 'frame_tables', 'annotated',
+           'lidar_returns', 'annotation_tables', 'describe', 'scene_tables', 'can_columns', 'can_bus', 'lidar_clouds',
+           'mask_png', 'Layers', 'arcs', 'bend_nodes', 'map_layers', 'fragment']
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c003
 import hashlib
@@ -173,7 +173,8 @@ def annotation_tables(tok: Tokens, scene: Scene, seen: Observed, offset: np.ndar
     return dict(instance=instances, sample_annotation=anns)
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c023
-HAPPENS = dict(cut_in='a car cuts in', brake_leader='the leader brakes', pedestrian='a pedestrian crosses', red_light='a red light', obstacle='an obstacle in the lane', turn='a turn')
+HAPPENS = dict(cut_in='a car cuts in', brake_leader='the leader brakes', pedestrian='a pedestrian crosses', red_light='a red light', obstacle='an obstacle in the lane', turn='a turn',
+               cyclist='a cyclist in the lane', work_zone='a work zone', **{'yield': 'giving way'})
 
 def describe(scene: Scene) -> str:
     "A line for the scene table."
@@ -368,6 +369,9 @@ def _add_lanes(m: Layers, scene: Scene) -> dict[int, str]:
               right_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.right)) for t in m.node(right)])
     return blocks
 
+_SEGMENTS = dict(dashed='DASHED_WHITE', solid='SOLID_WHITE', temporary='SOLID_YELLOW')
+STOP_LINE_TYPES = dict(signal='TRAFFIC_LIGHT', stop='STOP_SIGN', **{'yield': 'YIELD'})
+
 def _add_areas(m: Layers, scene: Scene) -> None:
     "drivable_area, road_segment, ped_crossing, dividers."
     road = scene.road
@@ -378,11 +382,11 @@ def _add_areas(m: Layers, scene: Scene) -> None:
     for i, p in enumerate(road.intersections):
         m.add('road_segment', 'x', i, polygon_token=m.polygon('intersection', i, xy=tidy(p)), is_intersection=True, drivable_area_token=area)
     for i, (xy, kind) in enumerate(road.marks):
-        if kind == 'edge' or len(xy) < 2: continue
+        if kind in ('edge', 'hatch', 'arrow') or len(xy) < 2: continue
         line = shapely.get_coordinates(shapely.simplify(shapely.LineString(xy), .05))
         token = m.line('mark', i, xy=line)
-        if kind == 'double': m.add('road_divider', i, line_token=token, road_segment_token=m.tok('road_segment', m.name, 0))
-        else: m.add('lane_divider', i, line_token=token, lane_divider_segments=[dict(node_token=t, segment_type=f'{"DASHED" if kind == "dashed" else "SOLID"}_WHITE') for t in m.node(line)])
+        if kind in ('double', 'center'): m.add('road_divider', i, line_token=token, road_segment_token=m.tok('road_segment', m.name, 0))
+        else: m.add('lane_divider', i, line_token=token, lane_divider_segments=[dict(node_token=t, segment_type=_SEGMENTS[kind]) for t in m.node(line)])
     for i, p in enumerate(road.crosswalks):
         m.add('ped_crossing', i, polygon_token=m.polygon('crossing', i, xy=p), road_segment_token=m.tok('road_segment', m.name, 0))
 
@@ -402,7 +406,7 @@ def _add_signals(m: Layers, scene: Scene, blocks: dict[int, str]) -> None:
         across = np.array([-along[1], along[0]]) / max(np.hypot(*along), 1e-6) * .4
         quad = np.stack([l.line[0] + across, l.line[1] + across, l.line[1] - across, l.line[0] - across])
         held = [s.id for s in scene.road.signals if set(s.lanes) & set(l.lanes)]
-        m.add('stop_line', i, polygon_token=m.polygon('stop_line', i, xy=quad), stop_line_type='TRAFFIC_LIGHT' if held else 'YIELD',
+        m.add('stop_line', i, polygon_token=m.polygon('stop_line', i, xy=quad), stop_line_type=STOP_LINE_TYPES[l.kind],
               ped_crossing_tokens=[], traffic_light_tokens=[lamps[j] for j in held], road_block_token=next((blocks[j] for j in l.lanes if j in blocks), ''))
 
 def map_layers(

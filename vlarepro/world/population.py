@@ -6,10 +6,10 @@
 __all__ = ['MIXTURE', 'Mixture', 'Plan', 'limits_along', 'cruise', 'plan_ego', 'on_leg', 'lane_left', 'add_obstacle',
            'add_beside', 'fill_slots', 'ego_way', 'make_lights', 'Person', 'make_people', 'Car', 'walk', 'make_leader',
            'make_cut_in', 'make_companions', 'make_cyclists', 'arrival', 'timed', 'cross_traffic', 'oncoming_traffic',
-           'neighbours', 'detour_conflicts']
+           'neighbours', 'obey_at_start', 'detour_conflicts']
 
 # %% ../../nbs/10_world/35_population.ipynb #c003
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,23 +18,24 @@ from .expert import Detour, sideways, wander
 from .layouts import Layout
 from .roads import STOP_LINE_M, offset_line
 from .scene import DT_S, EGO_SIZE_LWH, N_STEPS
-from .traffic import EGO_FRONT_M, Brake, Change, Conflict, Light, Mover, Walker, Way, make_way
+from .traffic import EGO_FRONT_M, Brake, Change, Conflict, Light, Mover, Walker, Way, make_way, stopping_distance
 
 # %% ../../nbs/10_world/35_population.ipynb #c006
 @dataclass(frozen=True)
 class Mixture:
     "How often what happens."
-    light_sudden: float = .42      # the light turns red in front of the ego
-    light_release: float = .24     # it is red and turns green
-    walker: float = .85            # somebody stands at a crosswalk ...
-    walker_crosses: float = .62    # ... and steps out
-    obstacle: float = .17          # a slot on a leg holds an obstacle in the lane
+    light_sudden: float = .50      # the light turns red in front of the ego
+    light_release: float = .26     # it is red and turns green
+    walker: float = .95            # somebody stands at a crosswalk ...
+    walker_crosses: float = .70    # ... and steps out
+    jaywalker: float = .40         # somebody stands at the kerb of a free slot, as at a crosswalk
+    obstacle: float = .28          # a slot on a leg holds an obstacle in the lane
     beside: float = .25            # ... or vehicles that stand harmlessly beside it
-    leader: float = .50            # the drive begins behind somebody
-    leader_brakes: float = .60     # it brakes for a reason nobody can foresee
-    cut_in: float = .60            # a multi-lane leg without a leader has a cut-in
-    cyclist: float = .22           # a long leg has a cyclist at the edge of the ego's lane
-    crossing: float = .75          # a side arm sends a vehicle that meets the ego
+    leader: float = .48            # the drive begins behind somebody
+    leader_brakes: float = .55     # it brakes for a reason nobody can foresee
+    cut_in: float = .80            # a multi-lane leg without a leader has a cut-in
+    cyclist: float = .32           # a long leg has a cyclist at the edge of the ego's lane
+    crossing: float = .85          # a side arm sends a vehicle that meets the ego
     standing_start: float = .18
 
 MIXTURE = Mixture()
@@ -48,7 +49,7 @@ class Plan:
     legs_s: list[tuple[float, float]]            # (begin, end) of each leg on the way
     speed: float = 1.                            # of the limit
     lateral_mps2: float = 2.
-    s0: float = 0.                               # rear axle
+    s0: float = 0.                               # rear axle [m]
     v0: float = 0.
     waits: bool = False                          # standing at a red light at the start
     detours: list[Detour] = field(default_factory=list)
@@ -70,7 +71,7 @@ def plan_ego(rng: np.random.Generator, layout: Layout, mix: Mixture) -> Plan:
     "The ego's way, style and state at the start."
     base = make_way(layout.road.lanes, layout.route)
     index = [layout.route.index(i) for i in layout.leg_lanes]
-    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.92, 1.03), rng.uniform(1.7, 2.6))
+    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.93, 1.03), rng.uniform(1.5, 2.2))
     end = plan.legs_s[0][1]
     near = bool(layout.crossings) and rng.random() < .3
     plan.s0 = max(6., end - rng.uniform(20, 45)) if near else rng.uniform(6, min(26, max(8, end - 40)))
@@ -157,7 +158,8 @@ def make_lights(rng: np.random.Generator, plan: Plan, way: Way, mix: Mixture) ->
         mode = 'sudden' if u < mix.light_sudden else 'release' if u < mix.light_sudden + mix.light_release else 'green'
         lamps = dict(mine=tuple(c.signals) + tuple(c.opposite), across=tuple(c.across))
         if plan.waits and i == 0: lights.append(Light(stop, 'release', 0., rng.uniform(1., 8.), **lamps))
-        elif mode == 'sudden': lights.append(Light(stop, mode, rng.uniform(.95, 1.2), rng.uniform(4.5, 10.), **lamps))
+        elif mode == 'release' and stop - plan.s0 - EGO_FRONT_M < 1.3 * stopping_distance(plan.v0) + 3: lights.append(Light(stop, 'green', 0., 0., **lamps))
+        elif mode == 'sudden': lights.append(Light(stop, mode, rng.uniform(.98, 1.2), rng.uniform(4.5, 10.), **lamps))
         else: lights.append(Light(stop, mode, rng.uniform(14, 50), rng.uniform(1., 6.), **lamps))
     return lights
 
@@ -171,11 +173,20 @@ class Person:
     others: list[np.ndarray] = field(default_factory=list)  # shifts of those who walk along [m]
 
 # %% ../../nbs/10_world/35_population.ipynb #c015
-def make_people(rng: np.random.Generator, plan: Plan, way: Way, mix: Mixture) -> list[Person]:
-    "Who stands at the crosswalks away from junctions."
+def _kerbs(rng: np.random.Generator, plan: Plan, free: list, mix: Mixture) -> list[tuple[int, float]]:
+    "Where somebody stands at the kerb: at crosswalks away from junctions, and in some free slots (leg, metres along it)."
+    out = [spot for spot in plan.layout.midblock if rng.random() < mix.walker]
+    for leg, s in free:
+        at = s - plan.legs_s[leg][0]
+        inside = 22 < at < plan.legs_s[leg][1] - plan.legs_s[leg][0] - 22
+        if rng.random() < mix.jaywalker and inside and all(k != leg or abs(at - other) > 30 for k, other in (*plan.layout.midblock, *out)) \
+                and not any(d.begin_s - 12 < s < d.end_s + 12 for d in plan.detours) and plan.layout.legs[leg].shoulder_m < 2: out.append((leg, at))
+    return out
+
+def make_people(rng: np.random.Generator, plan: Plan, way: Way, free: list, mix: Mixture) -> list[Person]:
+    "Who stands at the kerb, and who of them will cross."
     out, shift = [], sideways(len(plan.base.path.xyh), plan.detours)
-    for leg, at in plan.layout.midblock:
-        if rng.random() > mix.walker: continue
+    for leg, at in _kerbs(rng, plan, free, mix):
         road = plan.layout.legs[leg]
         w, n_f, n_b = road.width_m, len(road.forward), len(road.backward)
         right, left = -(n_f * w + road.shoulder_m + .7), n_b * w + road.shoulder_m + .7
@@ -188,7 +199,7 @@ def make_people(rng: np.random.Generator, plan: Plan, way: Way, mix: Mixture) ->
         blocks = tuple((i, s, max(0., (abs(y - a) - w / 2 - 1.) / speed), until(y)) for i, y, s in lanes)
         j = at + rng.uniform(-.5, .5)
         near_edge = way.path.project(on_leg(plan, leg, at, lane)[:2]) - 1.6
-        walker = Walker(near_edge, bool(rng.random() < mix.walker_crosses), rng.uniform(.95, 1.12), until(lane), blocks)
+        walker = Walker(near_edge, bool(rng.random() < mix.walker_crosses), rng.uniform(1., 1.3), until(lane), blocks)
         start = on_leg(plan, leg, j, a)
         along = np.array([np.cos(start[2]), np.sin(start[2])])
         others = [along * d + rng.normal(0, .05, 2) for d in (.95, -.95)[:int(rng.choice(3, p=[.4, .35, .25]))]]
@@ -238,10 +249,10 @@ def make_leader(rng, plan: Plan, way: Way, gap: float, brakes: bool, mix: Mixtur
     v_ref = cruise(layout, own, share, rng.uniform(1.6, 2.6))
     s0 = front + gap + size[0] + 2.2 * max(0., plan.v0 - v_ref[min(int((front + gap) / PATH_STEP_M), len(v_ref) - 1)])
     v0 = min(plan.v0 * rng.uniform(.9, 1.1), v_ref[min(int(s0 / PATH_STEP_M), len(v_ref) - 1)])
-    brake = None
-    if brakes and rng.random() < mix.leader_brakes:
-        speed = layout.limit_mps * share
-        brake = Brake(front + rng.uniform(12, max(30., 11 * speed)), speed * rng.choice([0., rng.uniform(.1, .5)]), rng.uniform(.6, 2.5), rng.uniform(2.6, 4.2))
+    brake, speed, at_s = (), layout.limit_mps * share, front + rng.uniform(12, 60)
+    while brakes and rng.random() < mix.leader_brakes and len(brake) < 3:
+        brake += (Brake(at_s, speed * rng.choice([0., rng.uniform(.1, .5)]), rng.uniform(.6, 2.5), rng.uniform(2.6, 4.2)),)
+        at_s += rng.uniform(25, 70)
     driver = Driver(rng.uniform(1.2, 1.9), jerk_mps3=6., hardest_mps2=4.5)
     return Car(Mover(own, v_ref, driver, float(size[0]), s0, v0, brake=brake), category, size, color)
 
@@ -382,6 +393,21 @@ def neighbours(rng, plan: Plan, n: int) -> list[Car]:
     return out
 
 # %% ../../nbs/10_world/35_population.ipynb #c025
+def obey_at_start(layout: Layout, cars: list[Car], lights: list[Light]) -> list[Car]:
+    "The same vehicles, slower where a red lamp is near at time 0."
+    red = {i for light in lights for i in (light.mine if light.mode == 'release' else light.across)}
+    closed = {i: float(np.hypot(*(line.line.mean(0) - layout.road.lanes[i].centerline[-1, :2]))) for line in layout.road.stop_lines
+              if line.signal in red for i in line.lanes}
+    out = []
+    for car in cars:
+        m = car.mover
+        rooms = [m.way.begin_s[j + 1] - closed[lane] - m.s0 for j, lane in enumerate(m.way.lanes) if lane in closed]
+        room = min((r for r in rooms if r > -.5), default=1e9)
+        v0 = min(m.v0, float(np.sqrt(2 * 2. * max(room - 1.5, 0.))))
+        out.append(replace(car, mover=replace(m, v0=v0)) if v0 < m.v0 else car)
+    return out
+
+# %% ../../nbs/10_world/35_population.ipynb #c027
 def detour_conflicts(plan: Plan, way: Way, cars: list[Car]) -> list[tuple[int, Conflict]]:
     "Conflicts of the ego (mover 0) with vehicles on the lane that a detour reaches into; `cars[i]` is mover i + 1."
     out = []

@@ -95,7 +95,7 @@ class Mover:
     v0: float
     start: int = 0           # step at which it enters
     late: int = 2            # steps by which it sees others late
-    brake: Brake | None = None
+    brake: tuple[Brake, ...] = ()
     change: Change | None = None
     beside_m: float = 0.     # rides so far right of the lane's centre (cyclists)
     half_width_m: float = .95
@@ -145,7 +145,7 @@ class _LightState:
     def step(self, k: int, front: float, v: float, soon: float) -> None:
         "Advance one step; `front` is the ego's front bumper, `soon` its speed after the reaction."
         m, room = self.light, self.light.stop_s - front
-        if self.trigger is None and m.mode == 'sudden' and 0 < room < stopping_distance(soon) * m.near:
+        if self.trigger is None and m.mode == 'sudden' and .88 < room / stopping_distance(soon) < m.near:
             self.trigger, self.red = k, k + int(m.yellow_s / DT_S); self.release = self.red + int(m.hold_s / DT_S)
         if self.trigger is None and m.mode == 'release' and (0 < room < m.near or v < .3 and 0 < room < 30 and k * DT_S > m.hold_s):
             self.trigger, self.red = k, 0; self.release = k + _YELLOW + _ALL_RED
@@ -252,7 +252,7 @@ class _Body:
         self.hang = EGO_FRONT_M if i == 0 else .8 * m.length_m
         self.ends, self.ptr = list(m.way.begin_s[1:-1]) + [1e9], 0
         self.on, self.gone, self.phase = False, False, 0 if m.change else 2
-        self.cut = self.braked = None
+        self.cut, self.braked = None, []
         self.near, self.conflicts, self.lines, self.walks = [], [], [], []
         self.S, self.V, self.A, self.held, self.waits, self.merging, self.lead, self.leads = [], [], [], False, [], 0, -1, set()
 
@@ -377,16 +377,19 @@ def _accelerate(world: _World, car: _Body, k: int) -> float:
         if m.change.ego_at_s is not None:  # keeps station beside the ego's lane
             ref, slope = max(0., min(ref * 1.25, ego.v - .5 * (car.s - m.length_m - ego.s - m.change.gap_m))), 0.
     a = next_accel(car.v, car.a, ref, slope, gap, v_lead, stop, m.driver)
-    b = m.brake
-    if b is not None and car.braked is not None and (k - car.braked) * DT_S < b.hold_s + (car.m.v0 - b.to_mps) / b.mps2:
-        a = min(a, max(-b.mps2 if car.v > b.to_mps + .5 else -(car.v - b.to_mps), car.a - .6))
+    if car.braked:
+        b = m.brake[len(car.braked) - 1]
+        if (k - car.braked[-1]) * DT_S < b.hold_s + (car.m.v0 - b.to_mps) / b.mps2:
+            a = min(a, max(-b.mps2 if car.v > b.to_mps + .5 else -(car.v - b.to_mps), car.a - .6))
     return a
 
 def _triggers(world: _World, car: _Body, k: int) -> None:
     "Scripted braking and lane changes."
     m, ego = car.m, world.cars[0]
     room = car.s - m.length_m - ego.s
-    if m.brake is not None and car.braked is None and ego.s >= m.brake.at_s and 0 < room < m.brake.within_m: car.braked = k
+    if len(car.braked) < len(m.brake):
+        b = m.brake[len(car.braked)]
+        if ego.s >= b.at_s and 0 < room < b.within_m and car.v > b.to_mps + 2. and (not car.braked or k > car.braked[-1] + 40): car.braked.append(k)
     c = m.change
     if c is None or car.phase == 2: return
     if car.phase == 0 and k >= c.not_before:
@@ -409,11 +412,11 @@ def _gap_is_safe(car: _Body, world: _World) -> bool:
 def _walkers_step(world: _World, k: int, front: float, v: float) -> None:
     "A pedestrian steps out when the ego is near and nobody is between."
     for i, w in enumerate(world.walkers):
-        if world.walk[i] is None and w.crosses and .92 < (w.s - 1. - front) / stopping_distance(v) < w.near:
+        if world.walk[i] is None and w.crosses and .88 < (w.s - 1. - front) / stopping_distance(v) < w.near:
             ego = world.cars[0]
             rows = [(o, r[3][o.ptr]) for o, r in ego.near if o.on and r[3] is not None]
-            between = any(r is not None and front < o.s + r[0] < w.s + 6 + o.m.length_m for o, r in rows)
-            others = any(o.on and any(n == i and -6 - o.m.length_m < at - o.s < max(4., o.v * o.v / 5) for n, at, _, _ in o.walks) for o in world.cars[1:])
+            between = any(r is not None and front < o.s + r[0] < w.s + 2 + o.m.length_m for o, r in rows)
+            others = any(o.on and any(n == i and -4 - o.m.length_m < at - o.s < max(3., o.v * .6 + o.v * o.v / 7) for n, at, _, _ in o.walks) for o in world.cars[1:])
             if not between and not others: world.walk[i] = k
 
 # %% ../../nbs/10_world/25_traffic.ipynb #c025
@@ -430,7 +433,7 @@ class Run:
     light_times: list                    # (trigger, release) step of each light
     walk_steps: list                     # step at which a pedestrian steps out, or None
     cut_steps: list                      # per mover: step at which it begins to change lanes, or None
-    brake_steps: list
+    brake_steps: list                    # per mover: steps at which it brakes for no visible reason
     waits: np.ndarray                    # (t,) mover to which the ego gives way, 0 = none
     passes: np.ndarray                   # (t,) cyclist that the ego follows or passes, 0 = none
     reacted: frozenset = frozenset()     # movers that the ego followed or let pass

@@ -281,7 +281,11 @@ def _ring_area(self: RoadBuilder, center, radius: float, arms: list[Arm], angles
     self.islands.append(shapely.get_coordinates(hole.exterior)[:-1])
     gaps = [shapely.Polygon(r) for r in shapely.get_rings(paved)]
     self.islands += [shapely.get_coordinates(g.exterior)[:-1] for g in gaps if 2. < g.area < .5 * hole.area]
-    self.marks += [(_arc(center, r, 0, 2 * np.pi)[:, :2], 'edge') for r in (radius - RING_WIDTH_M / 2,)]
+    self.marks.append((_arc(center, radius - RING_WIDTH_M / 2, 0, 2 * np.pi)[:, :2], 'edge'))
+    for a in arms:  # the middle line goes on to the splitter island
+        tips = [p[np.argmin(np.hypot(*(p - a.mouth[:2]).T))] for p in self.islands[-n:]]
+        tip = min([*tips, center + (radius + half) / reach * (a.mouth[:2] - center)], key=lambda p: np.hypot(*(p - a.mouth[:2])))
+        self.marks.append((np.stack([a.mouth[:2], tip]), 'double'))
 
 # %% ../../nbs/10_world/12_junctions.ipynb #c033
 @patch

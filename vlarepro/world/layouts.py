@@ -220,7 +220,7 @@ def _lane_drop(b: RoadBuilder, rng, kind: str, wanted: int) -> Layout:
 
 def _merge(b: RoadBuilder, rng, kind: str, wanted: int) -> Layout:
     n, T, aux = int(rng.choice([1, 2], p=[.4, .6])), taper_length(b.limit_mps), int(rng.uniform(30, 60))
-    line, at = _line_around(b, rng, GORE_M + 40 + aux + T, wanted, n + 1)
+    line, at = _line_around(b, rng, GORE_M + 40 + aux + T, wanted + 80, n + 1)  # a ramp is shorter than the main road beside it
     nose = at + GORE_M + 34
     m = b.add_merge(line, nose, nose + aux, nose + aux + T, n, max(1, n - int(rng.integers(0, 2))), float(rng.choice([.5, 1.])),
                     int(rng.uniform(60, 85)), rng.uniform(.22, .38))
@@ -404,6 +404,17 @@ def _rule_faults(road: Road) -> list[str]:
             if not any(w.intersects(shapely.LineString(s.line)) for w in ways): out.append(f'stop line {k} does not cross its lane {i}')
     return out + [f'unknown mark {kind!r}' for _, kind in road.marks if kind not in MARK_KINDS]
 
+def _overlap_faults(road: Road) -> list[str]:
+    "Lanes that lie on each other although they neither meet nor part there."
+    ids, out = list(road.lanes), []
+    shape = [shapely.Polygon(road.lanes[i].polygon).buffer(-.02) for i in ids]
+    for a, b in shapely.STRtree(shape).query(shape, 'intersects').T:
+        p, q = road.lanes[ids[a]], road.lanes[ids[b]]
+        if a >= b or p.in_intersection and q.in_intersection: continue
+        if {*p.successors} & {*q.successors} or {*p.predecessors} & {*q.predecessors} or q.id in p.successors or p.id in q.successors: continue
+        if (area := shape[a].intersection(shape[b]).area) > .3: out.append(f'lanes {p.id} and {q.id} lie on {area:.1f} m² of each other')
+    return out
+
 def road_faults(road: Road) -> list[str]:  # empty when all is well
     "Everything that is wrong with a road, in words."
-    return _graph_faults(road) + _area_faults(road) + _rule_faults(road)
+    return _graph_faults(road) + _area_faults(road) + _overlap_faults(road) + _rule_faults(road)

@@ -327,9 +327,14 @@ def arcs(
     line: Float[np.ndarray, "n 3"],  # x, y, heading about every metre, map frame
 ) -> list[dict]:                     # records of arcline_path_3
     "A centre line as a chain of circular arcs, each starting exactly on the line."
-    cut = list(range(0, len(line) - 1, ARC_M))
-    if len(line) - 1 - cut[-1] < 2 and len(cut) > 1: cut.pop()
-    out = []
+    bend = np.diff(line[:, 2]) / np.maximum(np.hypot(*np.diff(line[:, :2], axis=0).T), .05)
+    fits = [(m, np.ptp(np.lib.stride_tricks.sliding_window_view(np.pad(bend, (0, m - 1), 'edge'), m), axis=1) * m * m < .6) for m in (ARC_M, ARC_M // 2)]
+    cut, i, out = [0], 0, []
+    while i < len(bend):  # shorter arcs where the curvature changes
+        n = next((m for m, ok in fits if ok[i]), ARC_M // 4)
+        i = len(bend) if len(bend) - i - n < 2 else i + n
+        cut.append(i)
+    cut.pop()
     for i, j in zip(cut, [*cut[1:], len(line) - 1]):
         chord, turn = float(np.hypot(*(line[j, :2] - line[i, :2]))), float(wrap_angle(line[j, 2] - line[i, 2]))
         length = chord if abs(turn) < 1e-4 else chord * (turn / 2) / np.sin(turn / 2)

@@ -120,7 +120,8 @@ def test_each_kind_is_what_its_name_says(layouts):
             assert turned(layout).max() > 1 / 300 and turned(layout).min() < -1 / 300
         elif kind in ("four_way", "t_intersection"):
             ways = {lanes[c].predecessors[0] for c in lanes if lanes[c].in_intersection}
-            arms = {round(float(lanes[i].centerline[-1, 2] * 2 / np.pi)) % 4 for i in ways if np.hypot(*(lanes[i].centerline[-1, :2] - road.intersections[0].mean(0))) < 40}
+            near = [i for i in ways if np.hypot(*(lanes[i].centerline[-1, :2] - road.intersections[0].mean(0))) < 40]
+            arms = {round(float(lanes[i].centerline[-1, 2] * 2 / np.pi)) % 4 for i in near}
             assert len(arms) == (4 if kind == "four_way" else 3), (s, arms)
         elif kind == "roundabout":
             assert len(layout.crossings[0].through) >= 3 and len(road.islands) >= 1
@@ -148,7 +149,8 @@ def test_all_kinds_but_ramps_have_oncoming_lanes(layouts):
 def test_traffic_turns_counter_clockwise_on_a_roundabout_and_reaches_every_exit(layouts):
     for s in range(SEEDS):
         road = layouts["roundabout", s].road
-        ring = [lane for lane in road.lanes.values() if lane.in_intersection and all(road.lanes[k].in_intersection for k in lane.predecessors + lane.successors)]
+        inner = {i for i, lane in road.lanes.items() if lane.in_intersection}
+        ring = [road.lanes[i] for i in inner if inner.issuperset(road.lanes[i].predecessors + road.lanes[i].successors)]
         center = road.islands[0].mean(0)
         for lane in ring:
             a = np.unwrap(np.arctan2(*(lane.centerline[:, :2] - center).T[::-1]))
@@ -177,8 +179,9 @@ def test_of_two_crossing_ways_exactly_one_waits(layouts):
             continue
         road, lanes = layout.road, layout.road.lanes
         group = {i: g for g, ids in enumerate([ids for groups in road.phases for ids in groups]) for n in ids for i in road.signals[n].lanes}
-        at = {i: next(k for k, p in enumerate(road.intersections) if shapely.Polygon(p).buffer(0.1).contains(shapely.Point(lane.centerline[len(lane.centerline) // 2, :2])))
-              for i, lane in lanes.items() if lane.in_intersection}
+        areas = [shapely.Polygon(p).buffer(0.1) for p in road.intersections]
+        middle = {i: shapely.Point(lane.centerline[len(lane.centerline) // 2, :2]) for i, lane in lanes.items() if lane.in_intersection}
+        at = {i: next(k for k, area in enumerate(areas) if area.contains(point)) for i, point in middle.items()}
         for i in at:
             for j in at:
                 a, b = lanes[i].predecessors[0], lanes[j].predecessors[0]
@@ -242,6 +245,10 @@ def cone_at(xy):
     return Fixture("movable_object.trafficcone", np.array([*xy, 0.0]), np.array([0.4, 0.4, 0.9]), np.zeros(3, np.uint8))
 
 
+def tree_at(xy):
+    return Prop("tree", np.array([*xy, 0.0]), np.ones(3), 0.0, np.zeros(3, np.uint8))
+
+
 @pytest.mark.parametrize(
     "what, needle",
     [
@@ -258,7 +265,7 @@ def cone_at(xy):
         (lambda r: replace(r, stop_lines=[replace(r.stop_lines[0], line=r.stop_lines[0].line + 30.0)]), "does not cross its lane"),
         (lambda r: replace(r, phases=[]), "signals and phases"),
         (lambda r: replace(r, marks=[*r.marks, (r.marks[0][0], "dotted")]), "unknown mark"),
-        (lambda r: replace(r, props=[Prop("tree", np.append(next(iter(r.lanes.values())).centerline[9, :2], 0), np.ones(3), 0.0, np.zeros(3, np.uint8))]), "stands on the road"),
+        (lambda r: replace(r, props=[tree_at(next(iter(r.lanes.values())).centerline[9, :2])]), "stands on the road"),
         (lambda r: replace(r, islands=[next(iter(r.lanes.values())).polygon]), "over an island"),
     ],
 )
@@ -353,7 +360,8 @@ def devkit_map(scenes, tmp_path_factory):
     tok, root = Tokens(0), tmp_path_factory.mktemp("map")
     layers = [map_layers(tok, s, o) for s, o in zip(each, offset)]
     record = {"version": "1.3", "canvas_edge": sheet}
-    record |= {k: [r for part in layers for r in part[k]] for k in LIST_LAYERS} | {k: {a: b for part in layers for a, b in part[k].items()} for k in DICT_LAYERS}
+    record |= {k: [r for part in layers for r in part[k]] for k in LIST_LAYERS}
+    record |= {k: {a: b for part in layers for a, b in part[k].items()} for k in DICT_LAYERS}
     (root / "maps" / "expansion").mkdir(parents=True)
     (root / "maps" / "expansion" / "boston-seaport.json").write_text(json.dumps(record))
     mask = mask_png([p + o for s, o in zip(each, offset) for p in s.road.drivable], sheet)

@@ -210,10 +210,10 @@ def phases(
     road: Road,
     t_s: Float[np.ndarray, " t"],
     rng: np.random.Generator,
-    given: dict[int, np.ndarray] = {},   # signal id -> its states, for lights that somebody else decides
+    given: dict[int, np.ndarray] | None = None,  # signal id -> its states, for lights that somebody else decides
 ) -> Int8[np.ndarray, "t s"]:
     "State of every lamp of a road over time."
-    out = np.full((len(t_s), len(road.signals)), RED, np.int8)
+    given, out = given or {}, np.full((len(t_s), len(road.signals)), RED, np.int8)
     for groups in road.phases:
         known = [g for g, ids in enumerate(groups) if any(i in given for i in ids)]
         green, offset = rng.uniform(7, 12), rng.uniform(0, 40)

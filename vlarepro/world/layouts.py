@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 from fastcore.basics import patch
-from jaxtyping import Float
 
 from ..core.params import nearest
 from .junctions import Arm, end_arm, start_arm, turn_of
-from .roads import STYLES, Leg, RoadBuilder, bend_profile, offset_line, reference_line, strip, tightest_bend
+from .roads import STYLES, Leg, RoadBuilder, bend_profile, reference_line, strip, tightest_bend
 from .scene import MARK_KINDS, ROAD_KINDS, Prop, Road, box_corners
 from .special import GORE_M, taper_length
 

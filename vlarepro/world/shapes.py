@@ -279,7 +279,7 @@ def machine(p: Parts, size, rgb) -> None:
     l, w, h = size
     _shadow(p, l, w)
     for f in box_faces((-.42 * l, .22 * l, -w / 2, w / 2), 0, .26 * h).values(): p.face(f, (52, 52, 54))
-    for name, f in box_faces((-l / 2, .12 * l, -.46 * w, .46 * w), .26 * h, .62 * h).items(): p.face(f, rgb)
+    for f in box_faces((-l / 2, .12 * l, -.46 * w, .46 * w), .26 * h, .62 * h).values(): p.face(f, rgb)
     for name, f in box_faces((-.16 * l, .12 * l, 0., .46 * w), .62 * h, h).items():
         p.face(f, rgb)
         if name != 'top': p.detail(inset(f, .1, .9, .2, .85), _GLASS, reach_m=60.)

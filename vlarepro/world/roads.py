@@ -144,6 +144,10 @@ class RoadBuilder:
         "Lane `b` follows lane `a`."
         self.lanes[a]['successors'].append(b); self.lanes[b]['predecessors'].append(a)
 
+    def slow_down(self, lanes: list[int], limit_mps: float) -> None:
+        "Lanes with a limit below the street's."
+        for i in lanes: self.lanes[i]['limit'] = min(self.limit_mps, limit_mps)
+
     def beside(self, lanes: list[int]) -> None:
         "Lanes of one direction from the centre line outwards are neighbours."
         for inner, outer in zip(lanes[:-1], lanes[1:]): self.lanes[inner]['right'], self.lanes[outer]['left'] = outer, inner
@@ -244,8 +248,8 @@ def finish(self: RoadBuilder, kind: str, props: list[Prop]) -> Road:
     "Freeze everything."
     lanes = {}
     for i, d in self.lanes.items():
-        w, line = d.pop('width'), d.pop('centerline')
-        lanes[i] = Lane(centerline=line, width_m=float(np.min(w)), speed_limit_mps=lane_limit(line, self.limit_mps), polygon=strip(line, np.asarray(w) / 2, np.asarray(w) / 2),
+        w, line, limit = d.pop('width'), d.pop('centerline'), d.pop('limit', self.limit_mps)
+        lanes[i] = Lane(centerline=line, width_m=float(np.min(w)), speed_limit_mps=lane_limit(line, limit), polygon=strip(line, np.asarray(w) / 2, np.asarray(w) / 2),
                         **{**d, 'successors': tuple(d['successors']), 'predecessors': tuple(d['predecessors'])})
     return Road(kind, lanes, self.drivable, self.intersections, self.crosswalks, self.stop_lines, self.signals, self.marks,
                 props + self.signs, self.islands, self.fixtures, self.yields, self.phases)

@@ -8,9 +8,9 @@ __all__ = ['COMMAND_INDEX', 'NEEDED', 'CLASS_OF', 'SYNTHETIC_DIGITS', 'EGO_STATU
            'NavsimReader', 'read_pcd', 'split_reader', 'write_toy_log']
 
 # %% ../../nbs/20_data/35_navsim.ipynb #c003
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-import os
 
 import numpy as np
 import yaml

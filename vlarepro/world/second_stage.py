@@ -142,7 +142,7 @@ def synthetic_scenes(
     for j, ego in enumerate(drives):
         there = replace(scene, ego=ego)
         frames = openscene_log(tok, there, observe(there), offset, rig)
-        token = lambda i: tok('synthetic', scene.name, k, j, i)[:17]
+        token = lambda i, j=j: tok('synthetic', scene.name, k, j, i)[:17]
         now, seen = k + STAGE_FRAMES, range(k + STAGE_FRAMES - N_HISTORY, k + STAGE_FRAMES + 1)
         where = {i: {c: f'{log}/{n}/{token(i)}.jpg' for n, c in CAMERA_OF.items()} for i in seen}
         pictures += [where[i][c.name] for i in seen for c in rig]

@@ -96,6 +96,7 @@ class Driver:
     headway_s: float = 1.2
     gap_m: float = 2.5           # standing gap
     jerk_mps3: float = 3.6
+    release_mps3: float = 3.6    # when letting go of the brake
     hardest_mps2: float = 3.9    # never brake harder
 
 def next_accel(
@@ -115,11 +116,12 @@ def next_accel(
     if stop_gap < 1e3:
         need = v * v / (2 * max(stop_gap, .15))
         if need > .55 * d.brake_mps2 or stop_gap < 3: want = min(want, -need)
+        want = min(want, 1.3 * (sqrt(1.6 * d.brake_mps2 * max(stop_gap, 0.)) - v))  # never gather speed towards a closed line
         if stop_gap < .4 and v < .6: want = min(want, -.5)
     want = max(-d.hardest_mps2, want)
     step = .45 * (want - a)
-    most = d.jerk_mps3 * DT_S
-    a += most if step > most else -most if step < -most else step
+    most, least = (d.release_mps3 if a < 0 else d.jerk_mps3) * DT_S, -d.jerk_mps3 * DT_S
+    a += most if step > most else least if step < least else step
     return max(a, -(.3 + 1.4 * v))  # let go of the brake before standing still
 
 # %% ../../nbs/10_world/20_agents.ipynb #c018

@@ -63,15 +63,24 @@ def limits_along(layout: Layout, way: Way) -> np.ndarray:
     i = np.clip(np.searchsorted(way.begin_s, s, 'right') - 1, 0, len(way.lanes) - 1)
     return np.array([layout.road.lanes[k].speed_limit_mps for k in way.lanes])[i]
 
-def cruise(layout: Layout, way: Way, speed: float, lateral: float) -> np.ndarray:
-    "Planned speed of somebody who drives at a share of the limit."
-    return speed_profile(way.path.kappa, limits_along(layout, way) * speed, lateral, 1.6)
+def cruise(
+    layout: Layout, way: Way,
+    speed: float,                # share of the limit
+    lateral_mps2: float,         # accepted in bends
+    caps: list[tuple[float, float, float]] = (),  # (from, to, speed): slower stretches [m, m, m/s]
+) -> np.ndarray:                 # planned speed at every point of the way's path
+    "How fast somebody means to drive."
+    limit = limits_along(layout, way) * speed
+    for a, b, v in caps:
+        part = slice(max(0, int(a / PATH_STEP_M)), max(0, int(b / PATH_STEP_M)))
+        limit[part] = np.minimum(limit[part], v)
+    return speed_profile(way.path.kappa, limit, lateral_mps2, 1.9)
 
 def plan_ego(rng: np.random.Generator, layout: Layout, mix: Mixture) -> Plan:
     "The ego's way, style and state at the start."
     base = make_way(layout.road.lanes, layout.route)
     index = [layout.route.index(i) for i in layout.leg_lanes]
-    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.93, 1.03), rng.uniform(1.5, 2.2))
+    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.94, 1.03), rng.uniform(1.5, 2.2))
     end = plan.legs_s[0][1]
     near = bool(layout.crossings) and rng.random() < .3
     plan.s0 = max(6., end - rng.uniform(20, 45)) if near else rng.uniform(6, min(26, max(8, end - 40)))
@@ -143,9 +152,10 @@ def fill_slots(rng: np.random.Generator, plan: Plan, mix: Mixture) -> list[tuple
     return free
 
 def ego_way(rng: np.random.Generator, plan: Plan) -> Way:
-    "The line the expert means to drive: around obstacles, and with a driver's small errors."
+    "The line the expert means to drive: around obstacles, a little away from cones, and with a driver's small errors."
     n = len(plan.base.path.xyh)
-    return make_way(plan.layout.road.lanes, plan.layout.route, plan.base.path.shifted(sideways(n, plan.detours) + wander(rng, n)))
+    aside = [Detour(plan.legs_s[0][1] - 12, plan.legs_s[0][1], plan.legs_s[-1][0], plan.legs_s[-1][0] + 12, .25)] if plan.layout.road.kind == 'work_zone' else []
+    return make_way(plan.layout.road.lanes, plan.layout.route, plan.base.path.shifted(sideways(n, plan.detours + aside) + wander(rng, n)))
 
 # %% ../../nbs/10_world/35_population.ipynb #c014
 def make_lights(rng: np.random.Generator, plan: Plan, way: Way, mix: Mixture) -> list[Light]:
@@ -217,14 +227,16 @@ class Car:
     main: bool = True       # never left out (nor is who the ego reacts to)
     leg_end_s: float = 1e9  # where it must have changed lanes
 
-def walk(rng: np.random.Generator, layout: Layout, lane: int, prefer: set[int], n: int = 9) -> list[int]:
-    "Lane ids of a way through the map; at junctions it keeps to `prefer` if it can."
+def walk(rng: np.random.Generator, layout: Layout, lane: int, prefer: set[int], n: int = 14) -> list[int]:
+    "Lane ids of a way through the map; at junctions it keeps to `prefer` if it can, and it leaves a roundabout sooner or later."
     lanes, ids = layout.road.lanes, [lane]
     while lanes[ids[-1]].successors and len(ids) < n:
         options = [k for k in lanes[ids[-1]].successors if k not in ids]
         if not options: break
-        good = [k for k in options if k in prefer or any(j in prefer for j in lanes[k].successors)]
-        ids.append((good or options)[int(rng.integers(len(good or options)))])
+        good = [k for k in options if k in prefer or any(j in prefer for j in lanes[k].successors)] or options
+        out = [k for k in good if not any(lanes[j].in_intersection for j in lanes[k].successors)]  # leads out of the junction
+        if out and len(ids) > 4: good = out
+        ids.append(good[int(rng.integers(len(good)))])
     return ids
 
 def _character(rng: np.random.Generator, truck: float = .15) -> tuple[str, np.ndarray, np.ndarray]:
@@ -346,13 +358,14 @@ def cross_traffic(rng, plan: Plan, v_ref: np.ndarray, way: Way, mix: Mixture) ->
         first = [lane for k in c.through for lane in layout.road.yields.get(k, ())]  # those the ego has to let pass
         arms += [lanes[k].predecessors[0] for k in first if lanes[k].predecessors and lanes[k].predecessors[0] not in layout.route]
         for lane in dict.fromkeys(arms):
-            if rng.random() > mix.crossing or lane in layout.route: continue
+            busy = mix.crossing * (.55 if c.kind == 'roundabout' else 1.)
+            if rng.random() > busy or lane in layout.route: continue
             ids = _back(rng, layout, lane, 60.)
-            ids += walk(rng, layout, lane, set() if c.kind != 'roundabout' else set(c.through), 4)[1:]
-            if len(set(ids)) < len(ids): continue
+            ids += walk(rng, layout, lane, set() if c.kind != 'roundabout' else set(c.through))[1:]
+            if len(set(ids)) < len(ids) or lanes[ids[-1]].in_intersection: continue
             own = make_way(lanes, ids)
             meet = own.begin_s[ids.index(lane) + 1]
-            for delay in (rng.normal(0., 1.6), rng.uniform(3., 7.))[:1 + (rng.random() < .45)]:
+            for delay in (rng.normal(0., 1.6), rng.uniform(3., 7.))[:1 + (rng.random() < .35)]:
                 car = timed(rng, layout, ids, meet, max(eta + delay, 0.), False, way=own)
                 if car is not None: out.append(car)
     return out

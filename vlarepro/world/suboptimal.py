@@ -234,7 +234,7 @@ def _candidates(r: Replay, inner, kind: str, rng: np.random.Generator) -> list[t
         if kind == 'late_braking' and v > 5. and ego[k, 4] > -.6 and ahead[:20, 4].min() < -1.4:
             first = k + int(np.argmax(ahead[:20, 4] < -.7))
             for delay in rng.permutation(np.arange(6, 20, 2)).tolist():
-                out.append((k, Habit(k + WINDOW, blind_until=first + delay, driver=Driver(1.7, 3., .6, 1.5, 18., 8.)), max(first - k, 0) // KEYFRAME_STEP * KEYFRAME_STEP + KEYFRAME_STEP))
+                out.append((k, Habit(k + WINDOW, blind_until=first + delay, driver=Driver(1.7, 3., .6, 1.5, 18., 18., 8.)), max(first - k, 0) // KEYFRAME_STEP * KEYFRAME_STEP + KEYFRAME_STEP))
         if kind in ('kerb_drift', 'wrong_lane') and v > 4. and ahead[:, 3].min() > 3. and _clear_ahead(r, inner, k, 75.):
             lane = _lane_at(r, k)
             if kind == 'kerb_drift' and lane.right is None:
@@ -246,7 +246,7 @@ def _candidates(r: Replay, inner, kind: str, rng: np.random.Generator) -> list[t
             if bend.max(initial=0.) > .025 and bend[:8].max() < .6 * bend.max():
                 side = np.sign(r.path.kappa[int(inner[k, 0] / PATH_STEP_M) + int(bend.argmax())])
                 need = np.sqrt(5.4 / bend.max()) / np.sqrt(2.1 / bend.max())
-                out.append((k, Habit(k + 40, need * rng.uniform(1., 1.15), left_m=-side * rng.uniform(.3, .6), driver=Driver(2.2, 3., 1., 2., 6., 6.)), 2 * KEYFRAME_STEP))
+                out.append((k, Habit(k + 40, need * rng.uniform(1., 1.15), left_m=-side * rng.uniform(.3, .6), driver=Driver(2.2, 3., 1., 2., 6., 6., 6.)), 2 * KEYFRAME_STEP))
     return out
 
 # %% ../../nbs/10_world/42_suboptimal.ipynb #c021
@@ -261,7 +261,7 @@ def make_recovery(
     for after in dict.fromkeys([first, *(first + d * KEYFRAME_STEP for d in (-1, 1, -2))]):
         k1 = k0 + after
         if after < KEYFRAME_STEP or k1 > N_STEPS - 3 * KEYFRAME_STEP: continue
-        habit = Habit(driver=Driver(rng.uniform(1.5, 1.9), 2.2, 1.1, 2.5, 4., 3.95), tau_s=rng.uniform(.45, .6))
+        habit = Habit(driver=Driver(rng.uniform(1.5, 1.9), 2.2, 1.1, 2.5, 4., 3., 3.95), tau_s=rng.uniform(.45, .6))
         ego, inner = redrive(r, negative.ego, negative.inner, k1, habit)
         m = measures(r, ego, inner, k1)
         calm = uncomfortable(ego[k1 + 3:min(k1 + WINDOW, N_STEPS)])  # the first steps still carry the negative's acceleration

@@ -139,7 +139,7 @@ class _LightState:
     "Finite-state machine of one light and of the phase across."
     def __init__(self, light: Light):
         self.light, self.state = light, RED if light.mode == 'release' else GREEN
-        self.trigger = self.release = None; self.other = GREEN if light.mode == 'release' else RED
+        self.trigger = self.release = None; self.stopping = False; self.other = GREEN if light.mode == 'release' else RED
         self.seen = [self.state] * (int(REACTION_S / DT_S) + 1)
 
     def step(self, k: int, front: float, v: float, soon: float) -> None:
@@ -159,7 +159,9 @@ class _LightState:
     def closed_for_ego(self, front: float, v: float) -> bool:
         "Whether the ego, which sees late and stops only if it still can, has to stop."
         room = self.light.stop_s - front
-        return self.seen[-1 - int(REACTION_S / DT_S)] != GREEN and room > -.6 and v * v < 2 * 3.5 * max(room, .05)
+        closed = self.seen[-1 - int(REACTION_S / DT_S)] != GREEN and room > -.6
+        self.stopping = closed and (self.stopping or v * v < 2 * 3.5 * max(room, .05))  # who has decided to stop does
+        return self.stopping
 
 # %% ../../nbs/10_world/25_traffic.ipynb #c017
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Conflict:
     theirs: tuple[float, float]
     wait_s: float            # where I wait
     give_way: bool           # they go first
+    merge: bool = False      # and then go my way: I need not have left before they come
 
 class _Graph:
     "What the pairs need to know of a road, computed once."
@@ -233,7 +236,7 @@ def _conflicts(graph: _Graph, me: Way, other: Way, index: int) -> list[Conflict]
             back, kind = graph.line.get(before, (0., 'signal'))
             line = me.begin_s[i] - back - .6
             wait = max(line, mine[0] - 2.) if kind == 'signal' and mine[0] - me.begin_s[i] > 4 else line
-            out.append(Conflict(index, mine, theirs, wait, b in graph.road.yields.get(a, ())))
+            out.append(Conflict(index, mine, theirs, wait, b in graph.road.yields.get(a, ()), m.kind == 'merge'))
     return out
 
 # %% ../../nbs/10_world/25_traffic.ipynb #c020
@@ -245,7 +248,7 @@ def _tables(v_ref: np.ndarray) -> tuple[list, list]:
 class _Body:
     "A mover on its way."
     __slots__ = ('m', 'i', 's', 'v', 'a', 'ref', 'slope', 'hang', 'ends', 'ptr', 'on', 'gone', 'phase', 'cut', 'braked', 'near', 'conflicts',
-                 'lines', 'walks', 'S', 'V', 'A', 'held', 'waits', 'merging', 'lead', 'leads')
+                 'lines', 'walks', 'S', 'V', 'A', 'held', 'waits', 'merging', 'lead', 'leads', 'holding')
     def __init__(self, m: Mover, i: int):
         self.m, self.i, self.s, self.v, self.a = m, i, m.s0, m.v0, 0.
         self.ref, self.slope = _tables(m.v_ref)
@@ -254,7 +257,7 @@ class _Body:
         self.on, self.gone, self.phase = False, False, 0 if m.change else 2
         self.cut, self.braked = None, []
         self.near, self.conflicts, self.lines, self.walks = [], [], [], []
-        self.S, self.V, self.A, self.held, self.waits, self.merging, self.lead, self.leads = [], [], [], False, [], 0, -1, set()
+        self.S, self.V, self.A, self.held, self.waits, self.merging, self.lead, self.leads, self.holding = [], [], [], False, [], 0, -1, set(), set()
 
     def leader(self, skip: int = -1) -> tuple[float, float]:
         "Gap to and speed of the nearest vehicle ahead on my way."
@@ -287,7 +290,7 @@ class _Body:
         if o.s > c.theirs[0]:  # it is inside: wait until it has left
             return reach < (c.theirs[1] + o.m.length_m - o.s) / max(o.v, .6) + .3
         if not c.give_way or o.held: return False
-        far = c.mine[1] + self.m.length_m - self.s
+        far = (c.mine[0] + 4. if c.merge else c.mine[1]) + self.m.length_m - self.s
         leave = 2 * far / (v + sqrt(v * v + 2.6 * far) + .01)
         there = (c.theirs[0] - o.s) / max(o.v + .5 * max(o.a, 0.), .8)
         gone = (c.theirs[1] + o.m.length_m - o.s) / max(o.v, .8)
@@ -345,10 +348,13 @@ def _stop_gap(world: _World, car: _Body, k: int, gap: float) -> float:
         for m in world.machines:
             if m.closed_for_ego(s, v): stop = min(stop, m.light.stop_s - s - .8)
         for w, step in zip(world.walkers, world.walk):
-            if step is not None and REACTION_S <= (k - step) * DT_S < w.blocks_s and w.s - s > -.3: stop = min(stop, w.s - s - 1.5)
+            if step is not None and REACTION_S <= (k - step) * DT_S < w.blocks_s and w.s - s > -.3: stop = min(stop, w.s - s - 2.6)
     for at_s, lamp in car.lines:
         room = at_s - s - .6
-        if world.lamps[lamp] != GREEN and -.5 < room < stop and v * v < 2 * 3.4 * max(room, .05): stop = room
+        if world.lamps[lamp] == GREEN or room < -.5: car.holding.discard(lamp)
+        elif lamp in car.holding or v * v < 2 * 3.4 * max(room, .05):
+            car.holding.add(lamp)
+            stop = min(stop, room)
     for n, at_s, t0, t1 in car.walks:
         step = world.walk[n]
         if step is not None and -.5 < at_s - s - 1. < stop and (k - step) * DT_S < t1 and v * v < 2 * 3.8 * max(at_s - s - 1., .05): stop = at_s - s - 1.
@@ -412,7 +418,7 @@ def _gap_is_safe(car: _Body, world: _World) -> bool:
 def _walkers_step(world: _World, k: int, front: float, v: float) -> None:
     "A pedestrian steps out when the ego is near and nobody is between."
     for i, w in enumerate(world.walkers):
-        if world.walk[i] is None and w.crosses and .88 < (w.s - 1. - front) / stopping_distance(v) < w.near:
+        if world.walk[i] is None and w.crosses and .95 < (w.s - 1. - front) / stopping_distance(v) < w.near:
             ego = world.cars[0]
             rows = [(o, r[3][o.ptr]) for o, r in ego.near if o.on and r[3] is not None]
             between = any(r is not None and front < o.s + r[0] < w.s + 2 + o.m.length_m for o, r in rows)

@@ -161,6 +161,9 @@ def add_junction(
         self.link(lane, c); self.link(c, to)
         rows.append((c, i, int(control != 'signals' and (i in axis) != (control == 'major'))))
     self.rank_connectors(rows, lambda a, b: control != 'signals' or (a in axis) == (b in axis))
+    for lane in (lane for a in arms if len(a.incoming) > 1 for lane in a.incoming):
+        turns = {self.lanes[c]['turn'] for c in self.lanes[lane]['successors']}
+        for m in (9., 30.): self.paint_arrow(lane, m, min(turns) if len(turns) == 1 else 'straight')
     area = shapely.union_all([shapely.Polygon(_outline(arms)).buffer(0), self._lane_area(made.values())])
     self.intersections.append(_ring(area)); self.drivable.append(self.intersections[-1])
     first = len(self.signals)

@@ -128,8 +128,8 @@ def _add_crossing(self: RoadBuilder, rng, leg: Leg, turn: str, lanes: tuple[int,
     "Put a junction at the end of `leg` and the next leg behind it; returns (next leg, crossing)."
     w, here, first = self.style.lane_width_m, leg.line[-1], len(self.signals)
     n_side = int(rng.choice([1, 2], p=[.7, .3]))
-    half = w * max(n_side, lanes[0], lanes[1], len(leg.forward), len(leg.backward)) + leg.shoulder_m
-    reach = half + rng.uniform(5., 10.)  # from the centre to a mouth: half a road and the corner
+    n = max(n_side, lanes[0], lanes[1], len(leg.forward), len(leg.backward))
+    reach = max(n * w + leg.shoulder_m + rng.uniform(5., 10.), 1.32 * (n - .5) * w + 7.5)  # from the centre to a mouth: half a road and the corner; room for a sharp right turn
     center = here[:2] + reach * np.array([np.cos(here[2]), np.sin(here[2])])
     arms, made = [end_arm(leg)], None
     for name, angle in _arm_angles(rng, turn, four_way).items():
@@ -270,14 +270,19 @@ def _candidates(rng, line, left, right, style):
             s += rng.uniform(9, 20)
     return rows
 
-def _overlapping(xy, size, big):
-    "Buildings that reach into an earlier one (as happens at the corners of junctions)."
-    k = np.flatnonzero(big)
-    reach = (size[k, 0] + size[k, 1]) / 4
-    d = np.hypot(xy[k, None, 0] - xy[k, 0], xy[k, None, 1] - xy[k, 1])
-    out = np.zeros(len(xy), bool)
-    out[k] = np.tril(d < .9 * (reach[:, None] + reach), -1).any(1)
-    return out
+def _boxes(pose: np.ndarray, half: np.ndarray) -> np.ndarray:
+    "Turned rectangles (shapely) from poses (n, 3) and half lengths and widths (n, 2)."
+    c, s, (hx, hy) = np.cos(pose[:, 2]), np.sin(pose[:, 2]), half.T
+    corner = [np.stack([pose[:, 0] + i * c * hx - j * s * hy, pose[:, 1] + i * s * hx + j * c * hy], -1) for i, j in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
+    return shapely.polygons(np.stack(corner, 1))
+
+def _apart(box: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    "Those of the boxes `ids` (polygons) that reach into none before them (as happens at the corners of junctions)."
+    a, b = shapely.STRtree(box[ids]).query(box[ids], 'intersects')
+    keep = np.ones(len(ids), bool)
+    for i, j in sorted(zip(a.tolist(), b.tolist())):
+        if j < i and keep[j]: keep[i] = False
+    return ids[keep]
 
 # %% ../../nbs/10_world/16_layouts.ipynb #c021
 def add_props(rng: np.random.Generator, b: RoadBuilder) -> list[Prop]:
@@ -291,13 +296,12 @@ def add_props(rng: np.random.Generator, b: RoadBuilder) -> list[Prop]:
         rows += found
     pose = np.concatenate(poses)
     size = np.array([r[3] for r in rows]); big = np.array([r[0] == 'building' for r in rows])
-    half = np.where(big[:, None], size[:, :2] / 2 + 1.6, .35)  # a pavement in front of houses
-    c, s, (hx, hy) = np.cos(pose[:, 2]), np.sin(pose[:, 2]), half.T
-    corner = np.stack([np.stack([pose[:, 0] + i * c * hx - j * s * hy, pose[:, 1] + i * s * hx + j * c * hy], -1) for i, j in ((1, 1), (1, -1), (-1, -1), (-1, 1))], 1)
+    half = np.where(big[:, None], size[:, :2] / 2 + 1.6, .35)     # a pavement in front of houses
     paved = shapely.STRtree([shapely.Polygon(p) for p in (*b.drivable, *b.islands)])
     clear = np.ones(len(pose), bool)
-    clear[paved.query(shapely.polygons(corner), 'intersects')[0]] = False
-    clear &= ~_overlapping(pose[:, :2], size, big & clear)
+    clear[paved.query(_boxes(pose, half), 'intersects')[0]] = False
+    houses = _apart(_boxes(pose, size[:, :2] / 2 + .4), np.flatnonzero(big & clear))
+    clear[big] = False; clear[houses] = True
     if b.signs:  # signs stay visible
         d = np.hypot(pose[:, None, 0] - [p.xyz[0] for p in b.signs], pose[:, None, 1] - [p.xyz[1] for p in b.signs]).min(1)
         clear &= big | (d > np.where(size[:, 0] < .3, 2., 7.))

@@ -24,18 +24,18 @@ from .traffic import EGO_FRONT_M, Brake, Change, Conflict, Light, Mover, Walker,
 @dataclass(frozen=True)
 class Mixture:
     "How often what happens."
-    light_sudden: float = .50      # the light turns red in front of the ego
+    light_sudden: float = .52      # the light turns red in front of the ego
     light_release: float = .26     # it is red and turns green
     walker: float = .95            # somebody stands at a crosswalk ...
-    walker_crosses: float = .70    # ... and steps out
-    jaywalker: float = .40         # somebody stands at the kerb of a free slot, as at a crosswalk
-    obstacle: float = .28          # a slot on a leg holds an obstacle in the lane
+    walker_crosses: float = .74    # ... and steps out
+    jaywalker: float = .50         # somebody stands at the kerb of a free slot, as at a crosswalk
+    obstacle: float = .34          # a slot on a leg holds an obstacle in the lane
     beside: float = .25            # ... or vehicles that stand harmlessly beside it
     leader: float = .48            # the drive begins behind somebody
-    leader_brakes: float = .55     # it brakes for a reason nobody can foresee
+    leader_brakes: float = .82     # it brakes for a reason nobody can foresee
     cut_in: float = .80            # a multi-lane leg without a leader has a cut-in
-    cyclist: float = .32           # a long leg has a cyclist at the edge of the ego's lane
-    crossing: float = .85          # a side arm sends a vehicle that meets the ego
+    cyclist: float = .55           # a long leg has a cyclist at the edge of the ego's lane
+    crossing: float = .95          # a side arm sends a vehicle that meets the ego
     standing_start: float = .18
 
 MIXTURE = Mixture()
@@ -80,7 +80,7 @@ def plan_ego(rng: np.random.Generator, layout: Layout, mix: Mixture) -> Plan:
     "The ego's way, style and state at the start."
     base = make_way(layout.road.lanes, layout.route)
     index = [layout.route.index(i) for i in layout.leg_lanes]
-    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.94, 1.03), rng.uniform(1.5, 2.2))
+    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.94, 1.03), rng.uniform(1.2, 1.9))
     end = plan.legs_s[0][1]
     near = bool(layout.crossings) and rng.random() < .3
     plan.s0 = max(6., end - rng.uniform(20, 45)) if near else rng.uniform(6, min(26, max(8, end - 40)))
@@ -148,7 +148,7 @@ def fill_slots(rng: np.random.Generator, plan: Plan, mix: Mixture) -> list[tuple
             if u < mix.obstacle and not narrow: add_obstacle(rng, plan, leg, s - begin)
             elif u < mix.obstacle + mix.beside: add_beside(rng, plan, leg, s - begin)
             else: free.append((leg, s))
-            s += rng.uniform(42, 70)
+            s += rng.uniform(36, 62)
     return free
 
 def ego_way(rng: np.random.Generator, plan: Plan) -> Way:

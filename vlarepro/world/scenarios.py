@@ -117,18 +117,18 @@ def _rows(rng, plan: Plan, run: Run, cars: list[Car], people: list[Person]) -> t
 def _agents(plan: Plan, ego: np.ndarray, rows: list[tuple], n_main: int) -> tuple[list[Agent], dict[int, int], bool]:
     "Agents of a scene, rows that became one, and whether the ego stays clear of those it reacts to."
     made = [Agent(i, cat, size, track, visible(ego, track, there), color, braking) for i, (cat, size, color, track, there, braking) in enumerate(rows)]
-    me = ego_agent(ego)
-    free = not any(touching(me, a, .3) for a in made[:n_main])
-    checked = without_contact([me, *made], keep=1, grow_m=.5)[1:]
-    if {a.id for a in made[:n_main]} - {a.id for a in checked}: free = False
+    me, always = ego_agent(ego), np.ones(N_STEPS, bool)
+    fixtures = [Agent(-1, f.category, np.asarray(f.size_lwh, float), (track := standing_track(f.pose)), visible(ego, track, always), f.color, ~always)
+                for f in plan.layout.road.fixtures]
+    fixtures = [f for f in fixtures if f.valid.any()]
+    free = not any(touching(me, a, .4) for a in made[:n_main]) and not any(touching(me, f, .1) for f in fixtures)
+    kept = without_contact([me, *made], keep=1, grow_m=.8)[1:]
+    checked = without_contact([*fixtures, *kept], keep=len(fixtures), grow_m=.1)[len(fixtures):]
+    if {a.id for a in made[:n_main] if a.valid.any()} - {a.id for a in checked}: free = False
     seen = [a for a in checked if a.valid.any()]
     nearest = lambda a: np.hypot(*(a.track[a.valid, :2] - ego[a.valid, :2]).T).min()
     rest = sorted((a for a in seen if a.id >= n_main), key=nearest)
     seen = sorted(([a for a in seen if a.id < n_main] + rest)[:MAX_AGENTS], key=lambda a: a.id)
-    fixtures = [Agent(-1, f.category, np.asarray(f.size_lwh, float), standing_track(f.pose), visible(ego, standing_track(f.pose), np.ones(N_STEPS, bool)),
-                      f.color, np.zeros(N_STEPS, bool)) for f in plan.layout.road.fixtures]
-    fixtures = [f for f in fixtures if f.valid.any()]
-    free &= not any(touching(me, f, .1) for f in fixtures)
     ids = {a.id: j for j, a in enumerate(seen)}
     return [Agent(j, a.category, a.size_lwh, a.track, a.valid, a.color, a.braking) for j, a in enumerate([*seen, *fixtures])], ids, free
 

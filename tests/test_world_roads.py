@@ -233,6 +233,17 @@ def test_given_lights_are_kept_and_the_others_follow():
     assert (opposite_phase(short) == RED).all()  # three seconds of red open nothing
 
 
+def test_lights_of_scenes_keep_their_phases():
+    junctions = 0
+    for seed in range(8):
+        scene = make_scene(seed, "scene-0001", "train", LOCATIONS[seed % 4], road=("four_way", "t_intersection")[seed % 2])
+        for first, second in scene.road.phases:
+            assert all((scene.signal_state[:, list(ids)] == scene.signal_state[:, [ids[0]]]).all() for ids in (first, second))
+            assert not ((scene.signal_state[:, first[0]] != RED) & (scene.signal_state[:, second[0]] != RED)).any()
+            junctions += 1
+    assert junctions > 4
+
+
 # ---- the checks can fail
 
 

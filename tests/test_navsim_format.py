@@ -268,6 +268,22 @@ def test_workers_and_restarts_change_nothing(root, tmp_path, monkeypatch):
         if p.parts[0] != "blobs": assert (tmp_path / "parts" / p).read_bytes() == data, p
 
 
+def test_command_line(root, tmp_path, monkeypatch, capsys):
+    import vlarepro.world.generate as g
+    from vlarepro.report.cli import main
+    assert main(["world", "check", str(root), "--json"]) == 0
+    d = json.loads(capsys.readouterr().out)
+    assert d["ok"] and d["navtest"]["windows"] == 70 and d["nuscenes"]["scenes"] == 10 and d["navhard_two_stage"]["first images"] == [4, 3, 3, 64, 128]
+    assert main(["world", "show", str(root)]) == 0
+    text = capsys.readouterr().out
+    assert d["hash"] in text and "What it is not" in text and "Licence" in text and "| test | 7 | boston-seaport | 70 |" in text
+    assert main(["world", "show", str(root), "--scene", "scene-2003", "--out", str(tmp_path / "s.png")]) == 0 and (tmp_path / "s.png").stat().st_size > 10_000
+    assert main(["world", "show", str(root), "--scene", "scene-1"]) == 2
+    monkeypatch.setattr(g, "SHARD", 1)
+    assert main(["world", "make", str(tmp_path / "new"), "--profile", "smoke", "--workers", "1", "--minutes", "0"]) == 3
+    assert "1 of 26 shards are ready" in capsys.readouterr().out and not (tmp_path / "new").exists()
+
+
 def test_verify_covers_the_logs(root, tmp_path):
     import shutil
     w = tmp_path / "w"
@@ -346,22 +362,33 @@ def test_foreign_code_is_refused(what, args):
 
 OFFICIAL = '''
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, yaml
-from navsim.common.dataclasses import SceneFilter, SensorConfig
+import navsim.common.dataclasses as data
 from navsim.common.dataloader import SceneLoader
+from navsim.planning.scenario_builder.navsim_scenario import NavSimScenario
+data.get_maps_api = lambda *a: None                  # agents' input needs no map, and there is none; scenes and the second stage ask for one
 root, name, splits = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[1]) / "train_test_split"
 where = yaml.safe_load((splits / f"{name}.yaml").read_text())["data_split"]
-c = yaml.safe_load((splits / "scene_filter" / f"{name}.yaml").read_text())
-c = {k: v for k, v in c.items() if not k.startswith("_") and k not in ("include_synthetic_scenes", "reactive_synthetic_initial_tokens")}
-loader = SceneLoader(root / "navsim_logs" / where, root / "sensor_blobs" / where, SceneFilter(**c), sensor_config=SensorConfig.build_all_sensors())
+c = {k: v for k, v in yaml.safe_load((splits / "scene_filter" / f"{name}.yaml").read_text()).items() if not k.startswith("_")}
+second, stage = c.get("include_synthetic_scenes", False), root / "navhard_two_stage"
+sensors = replace(data.SensorConfig.build_all_sensors(), lidar_pc=not second)   # synthetic scenes have no point clouds
+loader = SceneLoader(root / "navsim_logs" / where, root / "sensor_blobs" / where, data.SceneFilter(**c),
+                     stage / "sensor_blobs", stage / "synthetic_scene_pickles", sensors)
 out = {}
-for token in loader.tokens:
-    a = loader.get_agent_input_from_token(token)
+for token in [*loader.tokens_stage_one, *(loader.reactive_tokens_stage_two or ())]:
+    a, scene = loader.get_agent_input_from_token(token), loader.get_scene_from_token(token)
     assert len(a.ego_statuses) == len(a.cameras) == len(a.lidars) == 4
     e, cloud = a.ego_statuses, a.lidars[-1].lidar_pc
+    scenario = NavSimScenario(scene, map_root="", map_version="")
+    objects = [scenario.get_tracked_objects_at_iteration(i).tracked_objects for i in range(-3, 9)]
+    centers = [[o.center.x, o.center.y] for o in objects[3]]
+    lights = [(s.lane_connector_id, s.status.name) for s in scenario.get_traffic_light_status_at_iteration(0)]
     out[token] = dict(pose=[s.ego_pose.tolist() for s in e], velocity=e[-1].ego_velocity.tolist(), acceleration=e[-1].ego_acceleration.tolist(),
-                      command=np.asarray(e[-1].driving_command).tolist(), lidar=list(cloud.shape), points=float(np.abs(cloud).sum()),
+                      command=np.asarray(e[-1].driving_command).tolist(), future=scene.get_future_trajectory(8).poses.tolist(), objects=centers,
+                      lidar=None if cloud is None else list(cloud.shape), points=None if cloud is None else float(np.abs(cloud).sum()), lights=lights,
+                      ego=scenario.initial_ego_state.rear_axle.serialize(), route=scenario.get_route_roadblock_ids(),
                       images={k: [list(v.image.shape), int(v.image.astype(int).sum())] for k, v in vars(a.cameras[-1]).items()})
 print(json.dumps(out))
 '''
@@ -376,13 +403,20 @@ def test_official_loader(root, tmp_path, name):
     run = subprocess.run([os.environ["VLAREPRO_NAVSIM_PYTHON"], "-c", OFFICIAL, str(root / "navsim"), name], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     theirs, ours = json.loads(run.stdout.splitlines()[-1]), split_reader(root / "navsim", name)
-    assert set(theirs) == set(ours.tokens_stage_one)
+    assert set(theirs) == set(ours.tokens) and (name == "navtest") == (set(ours.tokens) == set(ours.tokens_stage_one))
     for token, t in theirs.items():
         s = ours.sample(token)
         np.testing.assert_allclose(t["pose"][:3], s.history[1:], atol=1e-4)
+        np.testing.assert_allclose(t["future"], s.future, atol=1e-4)
         np.testing.assert_allclose(t["velocity"] + t["acceleration"], s.ego[:4], atol=1e-5)
-        assert (0, 1, 2, 3)[t["command"].index(1)] == {1: 0, 2: 1, 3: 2, 0: 3}[s.command]
+        assert {1: 0, 2: 1, 3: 2, 0: 3}[s.command] == t["command"].index(1)
         assert [t["images"][c] for c in ("cam_l0", "cam_f0", "cam_r0")] == [[[*im.shape[1:], 3], int(im.astype(int).sum())] for im in s.images[-1]]
         assert t["images"]["cam_b0"][0] == [64, 128, 3] and t["images"]["cam_b0"][1] < 64 * 128 * 3
-        lidar = ours.lidar(token)
-        assert t["lidar"] == list(lidar.shape) and abs(t["points"] - np.abs(lidar).sum()) < 1e-3 * t["points"]
+        x, y, yaw = t["ego"]
+        d = np.array(t["objects"]).reshape(-1, 2) - [x, y]
+        d = np.stack([np.cos(yaw) * d[:, 0] + np.sin(yaw) * d[:, 1], np.cos(yaw) * d[:, 1] - np.sin(yaw) * d[:, 0]], -1)
+        for b in s.boxes[0][~np.isnan(s.boxes[0, :, 0])]: assert np.hypot(*(d - b[:2]).T).min() < 1e-3
+        assert t["route"] and all(state in ("RED", "GREEN") for _, state in t["lights"])
+        if t["lidar"]:
+            lidar = ours.lidar(token)
+            assert t["lidar"] == list(lidar.shape) and abs(t["points"] - np.abs(lidar).sum()) < 1e-3 * t["points"]

@@ -23,7 +23,7 @@ def _table(title: str, columns: list, rows: list):
     from rich.table import Table
     t = Table(title=title, title_justify="left", header_style="bold", show_lines=False)
     for c in columns: t.add_column(c, overflow="fold")
-    for r in rows: t.add_row(*(f"[{_COLOR[x]}]{escape(x)}[/]" if x in _COLOR else escape("–" if x is None else str(x)) for x in r))
+    for r in rows: t.add_row(*(f"[{_COLOR[x]}]{escape(x)}[/]" if isinstance(x, str) and x in _COLOR else escape("–" if x is None else str(x)) for x in r))
     Console(width=None if sys.stdout.isatty() else 160).print(t)
 
 

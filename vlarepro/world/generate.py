@@ -240,7 +240,7 @@ def card_text(
 | --- | --- | --- | --- |
 {rows}
 
-`train` of the NAVSIM side (navtrain) is train and dev here; navtest and navhard_two_stage are test. Scenes with at least one event of a kind: {kinds}.
+navtrain is train and dev, navval is val; navtest and navhard_two_stage are test. Scenes with at least one event of a kind: {kinds}.
 
 **Licence.** {card['licence']}.
 

@@ -166,7 +166,7 @@ def _junctions(b: RoadBuilder, rng, kind: str, wanted: int) -> Layout:
     "One to three junctions; the first is of the kind."
     turns = _plan_turns(rng, int(rng.choice([1, 2, 3], p=[.56, .34, .10])))
     lanes, shoulder = _plan_lanes(rng, turns), _wide(rng)
-    lengths = [int(rng.uniform(55, 135)) for _ in turns]
+    lengths = [int(rng.uniform(48, 105)) for _ in turns]
     lengths.append(int(max(80, wanted - sum(lengths) - 20 * len(turns))))
     bends = [int(rng.choice([0, 1, 2], p=[.55, .35, .1]) if m < 140 else rng.choice([0, 1, 2, 3], p=[.26, .26, .30, .18])) for m in lengths]
     kappas = [bend_profile(rng, m, n, .6, tightest_bend(b.limit_mps) + 8.) for m, n in zip(lengths, bends)]
@@ -179,7 +179,7 @@ def _junctions(b: RoadBuilder, rng, kind: str, wanted: int) -> Layout:
 # %% ../../nbs/10_world/16_layouts.ipynb #c016
 def _roundabout(b: RoadBuilder, rng, kind: str, wanted: int) -> Layout:
     turn = str(rng.choice(['straight', 'left', 'right'], p=[.4, .35, .25]))
-    lengths, tight = [int(rng.uniform(55, 120)), 0], tightest_bend(b.limit_mps)
+    lengths, tight = [int(rng.uniform(45, 90)), 0], tightest_bend(b.limit_mps)
     radius = rng.uniform(13.5, 19.)
     reach = radius + rng.uniform(15., 20.)
     lengths[1] = int(max(90, wanted - lengths[0] - 2 * reach))
@@ -204,7 +204,7 @@ def _roundabout(b: RoadBuilder, rng, kind: str, wanted: int) -> Layout:
 # %% ../../nbs/10_world/16_layouts.ipynb #c018
 def _line_around(b: RoadBuilder, rng, straight_m: int, wanted: int, lanes: int) -> tuple[np.ndarray, int]:
     "A reference line with a straight stretch; returns it and where the stretch begins."
-    tight, lead = tightest_bend(b.limit_mps) + lanes * b.style.lane_width_m, int(rng.uniform(75, 135))
+    tight, lead = tightest_bend(b.limit_mps) + lanes * b.style.lane_width_m, int(rng.uniform(48, 95))
     rest = int(max(90, wanted - lead - straight_m))
     kappas = [bend_profile(rng, m, int(rng.integers(0, 2 + (m > 140))), .6, tight) for m in (lead, rest)]
     return reference_line(np.zeros(3), np.concatenate([kappas[0], np.zeros(straight_m - 1), kappas[1]])), lead

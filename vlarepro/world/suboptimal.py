@@ -186,7 +186,7 @@ def outside_lane(scene: Scene, ego: Float[np.ndarray, "t 7"], k: slice) -> Float
 
 # %% ../../nbs/10_world/42_suboptimal.ipynb #c015
 FAULTS = {  # kind: (measure, bound, the fault is above (+1) or below (-1) it)
-    'hesitation': ('progress_share', .7, -1), 'early_stop': ('least_mps', .8, -1), 'late_braking': ('brake_excess', 1., 1),
+    'hesitation': ('progress_share', .7, -1), 'early_stop': ('least_mps', .8, -1), 'late_braking': ('brake_excess', 1.15, 1),
     'kerb_drift': ('outside_m', .15, 1), 'wrong_lane': ('outside_m', 1.6, 1), 'fast_bend': ('bend_excess', 1., 1)}
 
 def measures(

@@ -120,8 +120,11 @@ def _world(a) -> int:
 
 # %% ../../nbs/90_report/90_cli.ipynb #c008
 def _oracle(a) -> int:
-    from vlarepro.scoring.oracle import main_openloop
-    return main_openloop(a.dir, as_json=a.json)
+    if a.what == "openloop":
+        from vlarepro.scoring.oracle import main_openloop as main
+    else:
+        from vlarepro.scoring.pdm.oracle import main_navsim as main
+    return main(a.dir, as_json=a.json)
 
 
 def _of_paper(rows: list, paper: "str | None") -> list:
@@ -225,8 +228,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--against", help="check, verify: another world to compare with")
     p.add_argument("--out", help="unpack: where samples/ and navsim/ are made, default inside the data set; show: the picture")
     p = add("oracle", _oracle, "compare our scorers with recorded outputs of the originals")
-    p.add_argument("what", choices=("openloop",), help="which scorer")
-    p.add_argument("dir", help="a folder in the schema of the golden cases")
+    p.add_argument("what", choices=("openloop", "navsim"), help="which scorer: nuScenes open-loop protocols, or NAVSIM's PDMS and EPDMS")
+    p.add_argument("dir", help="a folder of cases with the originals' results")
     for name, run, text in (("tables", _tables, "list every table: regenerated, partial, missing, reference-only"), ("claims", _claims, "list every claim with its verdict")):
         p = add(name, run, text)
         p.add_argument("--profile", help="smoke, laptop, gpu, paper or real; default: the one that has most")

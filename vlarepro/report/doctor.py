@@ -21,7 +21,7 @@ from ..core.params import load_params
 from ..core.paths import root, shared
 
 # %% ../../nbs/90_report/60_doctor.ipynb #c006
-REQUIRED = ("torch", "transformers", "peft", "safetensors", "numpy", "scipy", "pandas", "opencv-python-headless", "shapely", "nuscenes-devkit",
+REQUIRED = ("torch", "transformers", "peft", "safetensors", "numpy", "scipy", "numba", "pandas", "opencv-python-headless", "shapely", "nuscenes-devkit",
             "seaborn", "jinja2", "papermill", "nbconvert", "dvc")
 OPTIONAL = (  # distribution, how to get it, what is off without it
     ("flash-attn", "extra gpu", "attention falls back to SDPA: same results, slower long prompts on a GPU"),

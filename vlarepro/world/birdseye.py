@@ -139,7 +139,7 @@ def decision_flags(
         elif e.kind in DECISIONS: mark(e.kind, e.t_start_s, e.t_start_s + seen_s)
     return out
 
-# %% ../../nbs/10_world/45_birdseye.ipynb #c025
+# %% ../../nbs/10_world/45_birdseye.ipynb #c027
 def trigger_distances(scenes: list[Scene]) -> dict[str, np.ndarray]:
     "Distance [m] to the cause of each event when it starts."
     out = {k: [] for k in EVENT_KINDS if k != 'turn'}

@@ -18,6 +18,7 @@ from vlarepro.data.nuscenes import NuScenesReader
 from vlarepro.data.sample import collate
 from vlarepro.world.generate import Unfinished, generate, verify
 from vlarepro.world.navsim_writer import NAVSIM_CAMERAS, NUPLAN_MAP
+from vlarepro.world.suboptimal import NEGATIVE_KINDS
 from vlarepro.world.unpack import unpack
 
 VERSION, SIZE, SEED = "v1.0-minidrive", dict(train=2, dev=1, val=1, test=7), 5
@@ -129,8 +130,8 @@ def test_motion_in_the_log_is_consistent(logs):
 
 def test_no_picture_is_stored_twice(members, root):
     n = 10 * 41 * 3
-    stage = sum(n.startswith("navsim/navhard_two_stage") for n in members)
-    assert sum(n.endswith(".jpg") for n in members) == n + stage + 1 and stage > 0 and stage % 15 == 0
+    stage, pairs = (sum(n.startswith(f"navsim/{k}/") for n in members) for k in ("navhard_two_stage", "suboptimal"))
+    assert sum(n.endswith(".jpg") for n in members) == n + stage + pairs + 1 and stage > 0 and stage % 15 == 0 and pairs > 0 and pairs % 12 == 0
 
 
 def test_point_clouds_are_those_of_nuscenes(logs, root):
@@ -149,7 +150,7 @@ def test_point_clouds_are_those_of_nuscenes(logs, root):
 
 def test_splits(root, logs):
     folder = root / "navsim" / "train_test_split"
-    assert sorted(p.stem for p in folder.glob("*.yaml")) == ["navhard_two_stage", "navtest", "navtrain", "navval"]
+    assert sorted(p.stem for p in folder.glob("*.yaml")) == ["navhard_two_stage", "navtest", "navtrain", "navval", "suboptimal"]
     used = {}
     for name, n in dict(navtrain=2 * 10, navval=10, navtest=70).items():
         raw = yaml.safe_load((folder / "scene_filter" / f"{name}.yaml").read_text())
@@ -213,6 +214,28 @@ def test_second_stage_is_read(root):
         s = r.sample(t)
         assert s.images.shape == (4, 3, 3, 64, 128) and s.image_valid.all() and s.images.std() > 10
         assert s.future_valid.all() and np.isfinite(s.future).all() and s.history_valid.tolist() == [False, True, True, True]
+
+
+def test_negative_drives_and_recoveries(root, logs):
+    "The negative starts from the log's own view and goes elsewhere; the recovery is seen from where the negative has led."
+    rows = json.loads((root / "navsim" / "suboptimal" / "pairs.json").read_text())
+    r, log = split_reader(root / "navsim", "suboptimal", n_frames=4), split_reader(root / "navsim", "navtrain", n_frames=4)
+    assert rows and {t for row in rows for t in (row["negative"], row["recovery"])} == set(r.tokens) and not r.tokens_stage_one
+    original = {f["token"]: k for frames in logs.values() for k, f in enumerate(frames)}
+    for row in rows:
+        assert row["kind"] in NEGATIVE_KINDS and row["split"] in ("train", "dev") and row["log"] in log.filter.log_names
+        assert row["negative_time_s"] <= row["recovery_time_s"]
+        bad, back, k = r.sample(row["negative"]), r.sample(row["recovery"]), original[row["expert"]]
+        expert = NavsimReader(root / "navsim" / "navsim_logs" / "trainval", root / "navsim" / "sensor_blobs" / "trainval",
+                              SceneFilter(num_future_frames=8, log_names=(row["log"],), tokens=(row["expert"],)), n_frames=4).sample(row["expert"])
+        np.testing.assert_array_equal(bad.images, expert.images)
+        np.testing.assert_allclose(bad.ego, expert.ego, atol=1e-3)
+        assert k * .5 == row["negative_time_s"] and np.hypot(*(bad.future - expert.future)[:, :2].T).max() > .3
+        assert back.image_valid.all() and back.images.std() > 10 and back.future_valid.all()
+        steps = round((row["recovery_time_s"] - row["negative_time_s"]) / .5)
+        if not 1 <= steps <= 7: continue
+        last = bad.future[steps - 1] - (bad.future[steps - 2] if steps > 1 else 0)      # the half second before the recovery is the negative's
+        np.testing.assert_allclose(-back.history[-1, 0], np.hypot(*last[:2]), atol=.3)
 
 
 def test_both_readers_say_the_same(root):

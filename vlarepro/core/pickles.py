@@ -76,11 +76,19 @@ def load_plain(
     "Plain values and arrays from a pickle file."
     return loads_plain(Path(path).read_bytes(), str(path), opaque)
 
+class _PlainPickler(pickle.Pickler):
+    "Writes arrays by names that every numpy version has, and refuses what `loads_plain` would refuse."
+    def reducer_override(self, obj):
+        if isinstance(obj, np.ndarray) and not obj.dtype.hasobject:
+            return np.ndarray, ((0,), 'b'), (1, obj.shape, obj.dtype, False, obj.tobytes())
+        if obj is np.ndarray or isinstance(obj, (np.dtype, set, frozenset, complex)) or (isinstance(obj, type) and issubclass(obj, np.dtype)): return NotImplemented
+        raise RefusedPickle(f'cannot write {type(obj).__module__}.{type(obj).__qualname__} ({obj!r:.60}) as a plain value: convert it to Python numbers, text or a numeric array')
+
 def dumps_plain(value) -> bytes:  # the highest protocol of Python 3.9, which devkits run on
-    "Pickle plain values; anything that `loads_plain` would refuse is refused here too."
-    data = pickle.dumps(value, protocol=5)
-    loads_plain(data, 'the value')
-    return data
+    "Pickle plain values and numeric arrays, to the same bytes under every numpy version; anything else is refused."
+    out = io.BytesIO()
+    _PlainPickler(out, protocol=5).dump(value)
+    return out.getvalue()
 
 def dump_plain(value, path: "str | Path"):
     "Write a pickle of plain values atomically."

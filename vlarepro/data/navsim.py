@@ -426,7 +426,7 @@ def split_reader(
     "The reader of a split by name."
     root = Path(root)
     where, f, _ = load_split(configs or root / "train_test_split", name)
-    stage = dict(synthetic=root / "navhard_two_stage" / "synthetic_scene_pickles", synthetic_blobs=root / "navhard_two_stage" / "sensor_blobs") if f.include_synthetic_scenes else {}
+    stage = dict(synthetic=root / name / "synthetic_scene_pickles", synthetic_blobs=root / name / "sensor_blobs") if f.include_synthetic_scenes else {}
     return NavsimReader(root / "navsim_logs" / where, root / "sensor_blobs" / where, f, **stage, **options)
 
 # %% ../../nbs/20_data/35_navsim.ipynb #c024

@@ -20,14 +20,15 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ..core.pickles import dumps_plain, load_plain
+from ..core.pickles import dumps_plain
 from .cameras import CAMERA_NAMES, camera_rig
 from .language import observe
 from .navsim_writer import DATA_SPLIT, FOLDER, NO_CAMERA, anchor_frames, log_name, merged_clouds, openscene_log, scene_filter, split_files, yaml_text
 from .nuscenes_writer import (DICT_LAYERS, LIST_LAYERS, VERSION, Tokens, can_bus, filename, fragment, lidar_clouds, map_layers, scene_tables, start_us, static_tables)
 from .raster import CLASSES, render_scene
-from .scene import KEYFRAME_STEP, Scene, scene_hash
-from .second_stage import STAGE_FOLDER, STAGE_FRAMES, group_frame, second_starts, stage_views, synthetic_scenes
+from .scene import KEYFRAME_STEP, Scene
+from .second_stage import (PAIRS_FOLDER, STAGE_FOLDER, STAGE_FRAMES, drive_pairs, group_frame, pair_moments, pair_scenes, second_starts, stage_moments,
+                                         synthetic_scenes, views_scene)
 from .texts import scene_language
 
 # %% ../../nbs/10_world/76_files.ipynb #c006
@@ -71,11 +72,11 @@ def jpeg(rgb: UInt8[np.ndarray, "h w 3"]) -> bytes:
     if not ok: raise RuntimeError(f'OpenCV could not encode an image of shape {rgb.shape}')
     return data.tobytes()
 
-def _images(scene: Scene, rendered, rig) -> list[tuple[str, bytes]]:
+def _images(scene: Scene, images, depth, rig) -> list[tuple[str, bytes]]:
     "JPEG and lidar files of a scene: (name, content)."
     out, base = [], start_us(scene)
-    clouds = lidar_clouds(rendered.depth, rig)
-    for k, views in enumerate(rendered.images):
+    clouds = lidar_clouds(depth, rig)
+    for k, views in enumerate(images):
         us = base + int(round(float(scene.t[k * KEYFRAME_STEP]) * 1e6))
         out += [(filename(scene, name, us), jpeg(rgb)) for name, rgb in zip(CAMERA_NAMES, views)]
         out.append((filename(scene, 'LIDAR_TOP', us), clouds[k].tobytes()))
@@ -102,17 +103,23 @@ def _navsim(tok: Tokens, scene: Scene, seen, offset, rig, depth) -> tuple[list, 
     clouds = [(f"{FOLDER}/sensor_blobs/{split}/{f['lidar_path']}", c) for f, c in zip(log, merged_clouds(depth, rig))]
     return [(f'{FOLDER}/navsim_logs/{split}/{log_name(scene)}.pkl', dumps_plain(log))], clouds, [log[k]['token'] for k in anchor_frames(scene.split)]
 
-def _second_stage(tok: Tokens, scene: Scene, offset, rig, size) -> "tuple[list, list, list, np.ndarray] | None":
-    "Synthetic scene pickles, their pictures, the group's mapping and the pictures' statistics."
-    k = group_frame(scene)
-    if k is None: return None
-    drives = second_starts(scene, k)
-    if len(drives) < 2: return None     # the log alone is no second stage
-    views, keyframes = stage_views(scene, k, drives)
-    images = render_scene(views, size=size, keyframes=keyframes).images.reshape(-1, size[1], size[0], 3)
-    scenes, names, mapping = synthetic_scenes(tok, scene, offset, rig, k, drives)
-    files = [(f"{STAGE_FOLDER}/synthetic_scene_pickles/{s['scene_metadata']['scene_token']}.pkl", dumps_plain(s)) for s in scenes]
-    return files, [(f'{STAGE_FOLDER}/sensor_blobs/{n}', jpeg(i)) for n, i in zip(names, images, strict=True)], mapping, image_stats(images)
+class _Extra:
+    "Windows off the log: a second-stage group, or pairs of a negative drive and a recovery."
+    def __init__(self, tok: Tokens, scene: Scene, offset, rig, more: bool):
+        self.mapping, self.pairs, self.scenes, self.names, self.folder = None, [], [], [], ''
+        self.steps, self.ego = np.zeros(0, int), np.zeros((0, 7))
+        k = group_frame(scene) if more and scene.split == 'test' else None
+        drives = second_starts(scene, k) if k is not None else []
+        if len(drives) > 1:                                              # the log alone is no second stage
+            self.folder, (self.steps, self.ego) = STAGE_FOLDER, stage_moments(k, drives)
+            self.scenes, self.names, self.mapping = synthetic_scenes(tok, scene, offset, rig, k, drives)
+        elif more and scene.split in ('train', 'dev'):
+            pairs = drive_pairs(scene)
+            self.folder, (self.steps, self.ego) = PAIRS_FOLDER, pair_moments(pairs)
+            self.scenes, self.names, self.pairs = pair_scenes(tok, scene, offset, rig, pairs)
+
+    def files(self): return [(f"{self.folder}/synthetic_scene_pickles/{s['scene_metadata']['scene_token']}.pkl", dumps_plain(s)) for s in self.scenes]
+    def pictures(self, images): return [(f'{self.folder}/sensor_blobs/{n}', jpeg(i)) for n, i in zip(self.names, images, strict=True)]
 
 # %% ../../nbs/10_world/76_files.ipynb #c015
 def scene_files(
@@ -120,22 +127,24 @@ def scene_files(
     offset: Float[np.ndarray, "2"],   # of the scene on its map sheet [m]
     seed: int,                        # of the world
     size: tuple[int, int],            # width, height of an image [px]
-    stage: bool = False,              # make a second-stage group, if something happens in the scene
+    more: bool = False,               # second-stage group (test, if something happens) or negative drives with recoveries (train, dev)
 ) -> dict:                            # pieces, for `WorldFiles.add`
     "Render a scene and turn it into records."
-    tok, rig = Tokens(seed), camera_rig(size)
-    rendered, seen = render_scene(scene, size=size), observe(scene)
+    tok, rig, n = Tokens(seed), camera_rig(size), len(range(0, len(scene.t), KEYFRAME_STEP))
+    extra, seen = _Extra(tok, scene, offset, rig, more), observe(scene)
+    longer, keyframes = views_scene(scene, extra.steps, extra.ego) if len(extra.steps) else (scene, np.zeros(0, int))
+    r = render_scene(longer, size=size, keyframes=np.append(np.arange(n), keyframes).astype(int))
+    off_log = r.images[n:].reshape(-1, size[1], size[0], 3)
     tables = scene_tables(tok, scene, seen, offset, rig)
-    npz, (seg, depth) = io.BytesIO(), shrink_labels(rendered.labels, rendered.depth)
+    npz, (seg, depth) = io.BytesIO(), shrink_labels(r.labels[:n], r.depth[:n])
     np.savez_compressed(npz, seg=seg, depth=depth)
-    files, clouds, anchors = _navsim(tok, scene, seen, offset, rig, rendered.depth)
-    group = _second_stage(tok, scene, offset, rig, size) if stage else None
+    files, clouds, anchors = _navsim(tok, scene, seen, offset, rig, r.depth[:n])
     files += [(f'can_bus/{scene.name}_{k}.json', json.dumps(v, separators=(',', ':')).encode()) for k, v in can_bus(scene, offset).items()]
     return dict(name=scene.name, split=scene.split, map=scene.map, log=tables['log'][0]['token'], counts={k: len(v) for k, v in tables.items()},
                 tables={k: fragment(v) for k, v in tables.items()}, layers={k: fragment(v) for k, v in map_layers(tok, scene, offset).items()},
-                texts=_texts(tok, scene, seen, rig), files=files + (group[0] if group else []), anchors=anchors, mapping=group[2] if group else None,
-                samples=_images(scene, rendered, rig), navsim=clouds + (group[1] if group else []), labels=[(f'labels/{scene.name}.npz', npz.getvalue())],
-                stats=image_stats(rendered.images), stage_stats=group[3] if group else np.zeros((0, 8), np.uint8),
+                texts=_texts(tok, scene, seen, rig), files=files + extra.files(), anchors=anchors, mapping=extra.mapping, pairs=extra.pairs,
+                samples=_images(scene, r.images[:n], r.depth[:n], rig), navsim=clouds + extra.pictures(off_log), labels=[(f'labels/{scene.name}.npz', npz.getvalue())],
+                stats=image_stats(r.images[:n]), stage_stats=image_stats(off_log),
                 events=[dict(asdict(e), t_start_s=round(float(e.t_start_s), 4), t_end_s=round(float(e.t_end_s), 4)) for e in scene.events],
                 about=dict(split=scene.split, map=scene.map, seed=scene.seed, road=scene.road.kind, family=scene.family, offset_m=[round(float(v), 4) for v in offset]))
 
@@ -164,18 +173,23 @@ def write_zip(path: Path, members: list[tuple[str, bytes]]):
         for name, data in members: z.writestr(zipfile.ZipInfo(name), data)
 
 # %% ../../nbs/10_world/76_files.ipynb #c021
-_FLOAT = re.compile(rb'-?\d+\.\d{5,}(?:[eE][-+]?\d+)?|-?\d+(?:\.\d+)?[eE][-+]?\d+|-0\.0\b')
+_LONG, _SMALL, _ZERO = re.compile(rb'\.(\d{4})(\d+)'), re.compile(rb'-?\d+(?:\.\d+)?e-\d+'), re.compile(rb'-0\.0(?!\d)')
+
+def _shorten(m) -> bytes:
+    n = int(m[1]) + (m[2][:1] >= b'5')   # .99995 and more becomes .10000, which nothing else does: a carry into the digits before the point is not needed to tell values apart
+    return b'.10000' if n == 10000 else b'.' + ((b'%04d' % n).rstrip(b'0') or b'0')
 
 def canonical(
     text: bytes,
-) -> bytes:       # the same text, numbers rounded to 1e-4
-    "JSON text with floats of more than four decimals rounded."
-    return _FLOAT.sub(lambda m: repr(round(float(m.group()), 4) + 0.).encode(), text)
+) -> bytes:       # the same text, fractions rounded to 1e-4
+    "JSON text in one form for numbers that agree to four decimals."
+    if b'e-' in text: text = _SMALL.sub(lambda m: b'%.8f' % float(m[0]), text)
+    text = _LONG.sub(_shorten, text)
+    return _ZERO.sub(b'0.0', text) if b'-0.0' in text else text
 
-def file_digest(path: "str | Path") -> str:  # hex digits
-    "SHA-256 of the canonical text of a JSON file, of the values of a pickle, or of another file's bytes."
+def file_digest(path: "str | Path") -> str:  # 64 hex digits
+    "SHA-256 of the canonical text of a JSON file, or of another file's bytes (numbers in our pickles are rounded when written)."
     h, suffix = hashlib.sha256(), Path(path).suffix
-    if suffix == '.pkl': return scene_hash(load_plain(path))
     with open(path, 'rb') as f:
         if suffix != '.json':
             while block := f.read(1 << 22): h.update(block)
@@ -200,7 +214,7 @@ class WorldFiles:
         self.layers = {m: {k: JsonStream(root / 'maps' / 'expansion' / f'.{m}.{k}', *('{}' if k in DICT_LAYERS else '[]')) for k in (*LIST_LAYERS, *DICT_LAYERS)} for m in maps}
         head = '{"info":{"source":"minidrive","layout":"nuScenes-QA"},"questions":['
         self.texts = {k: JsonStream(root / 'language' / f'{k}.json', '{', '}') for k in TEXTS} | {k: JsonStream(root / 'language' / f'{k}.json', head, ']}') for k in QUESTIONS}
-        self.stats, self.stage_stats, self.events, self.scenes, self.anchors, self.groups = [], [], {}, {}, {s: {} for s in SPLITS}, {}
+        self.stats, self.stage_stats, self.events, self.scenes, self.anchors, self.groups, self.pairs = [], [], {}, {}, {s: {} for s in SPLITS}, {}, []
         self.splits, self.counts, self.logs = {s: [] for s in SPLITS}, dict.fromkeys(TABLES, 0), {m: [] for m in maps}
         for t, rows in static_tables(tok).items(): self.tables[t].add(fragment(rows)); self.counts[t] = len(rows)
 
@@ -217,6 +231,7 @@ class WorldFiles:
         self.events[s['name']], self.scenes[s['name']], log = s['events'], s['about'], f"minidrive-{s['name']}"
         self.splits[s['split']].append(s['name']); self.logs[s['map']].append(s['log']); self.anchors[s['split']][log] = s['anchors']
         if s['mapping']: self.groups[log] = s['mapping']
+        self.pairs += s['pairs']
 
 # %% ../../nbs/10_world/76_files.ipynb #c025
 def _close_maps(files: WorldFiles):
@@ -243,6 +258,10 @@ def _navsim_splits(files: WorldFiles) -> dict[str, bytes]:
         pairs = [t for g in files.groups.values() for p in g[2] for t in p]
         stage = scene_filter({log: g[:2] for log, g in files.groups.items()}, STAGE_FRAMES, include_synthetic_scenes=True, reactive_synthetic_initial_tokens=pairs)
         out |= split_files('navhard_two_stage', stage, 'test', reactive_all_mapping=list(files.groups.values()))
+    if files.pairs:
+        tokens = [p[label] for p in files.pairs for label in ('negative', 'recovery')]
+        off = scene_filter({p['log']: [] for p in files.pairs}, STAGE_FRAMES, include_synthetic_scenes=True, synthetic_scene_tokens=tokens)
+        out |= split_files('suboptimal', off, 'trainval') | {f'{PAIRS_FOLDER}/pairs.json': b'[' + fragment(files.pairs) + b']\n'}
     out[f'{FOLDER}/default_train_val_test_log_split.yaml'] = yaml_text(dict(train_logs=list(a['train']), val_logs=list(a['dev']), test_logs=list(a['test'])))
     return out
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDER', 'NUPLAN_MAP', 'DATA_SPLIT', 'CAMERA_OF', 'NAVSIM_CAMERAS', 'NO_CAMERA', 'UP', 'COMMAND_AHEAD_M',
            'COMMAND_SIDE_M', 'N_HISTORY', 'N_FUTURE', 'TRAIN_FRAMES', 'TEST_FRAMES', 'log_name', 'box_name',
-           'driving_command', 'camera_entries', 'boxes_near', 'seen_by_log', 'frame_token', 'light_states',
+           'driving_command', 'camera_entries', 'boxes_near', 'unhidden', 'seen_by_log', 'frame_token', 'light_states',
            'openscene_log', 'pcd_bytes', 'merged_clouds', 'anchor_frames', 'scene_filter', 'yaml_text', 'split_files']
 
 # %% ../../nbs/10_world/72_navsim_writer.ipynb #c003
@@ -18,7 +18,7 @@ from .blocks import connector_states, lane_name, route_blocks
 from .cameras import Camera, pixel_rays
 from .language import Observed
 from .nuscenes_writer import GRID, GRAVITY, Tokens, annotated, filename, start_us
-from .scene import RED, Scene
+from .scene import KEYFRAME_STEP, RED, Scene
 
 # %% ../../nbs/10_world/72_navsim_writer.ipynb #c006
 FOLDER = 'navsim'
@@ -101,6 +101,16 @@ def boxes_near(
     velocity = put(track[..., 3] * np.cos(yaw), track[..., 3] * np.sin(yaw), 0.)
     return np.where(there[..., None], boxes, np.nan), np.where(there[..., None], velocity, np.nan)
 
+def unhidden(scene: Scene) -> Observed:
+    "Where everybody is at each keyframe; who hides whom is not asked (`visible` is 0), which is quick and all that a log needs."
+    step = np.arange(0, len(scene.t), KEYFRAME_STEP)
+    ego, n = scene.ego[step], len(scene.agents)
+    track = np.stack([a.track[step] for a in scene.agents], 1) if n else np.zeros((len(step), 0, 4))
+    valid = np.stack([a.valid[step] for a in scene.agents], 1) if n else np.zeros((len(step), 0), bool)
+    d, c, s = track[..., :2] - ego[:, None, :2], np.cos(ego[:, 2])[:, None], np.sin(ego[:, 2])[:, None]
+    xy = np.stack([c * d[..., 0] + s * d[..., 1], c * d[..., 1] - s * d[..., 0]], -1)
+    return Observed(step, xy, np.hypot(xy[..., 0], xy[..., 1]), np.arctan2(xy[..., 1], xy[..., 0]), np.zeros(valid.shape, int), np.zeros(valid.shape), valid)
+
 def seen_by_log(scene: Scene, seen: Observed) -> Bool[np.ndarray, "k a"]:
     "Which agents are annotated at each keyframe, the same as in the nuScenes tables."
     out = np.zeros((len(seen.step), len(scene.agents)), bool)
@@ -117,7 +127,7 @@ def _pose(scene: Scene, step: int, offset: np.ndarray):
 
 def _ego_matrix(can: np.ndarray) -> np.ndarray:
     yaw, out = 2 * np.arctan2(can[6], can[3]), np.eye(4)
-    out[:2, :2], out[:3, 3] = [[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]], can[:3]
+    out[:2, :2], out[:3, 3] = np.round([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]], 6) + 0., can[:3]
     return out
 
 def frame_token(tok: Tokens, scene: Scene, k: int) -> str: return tok('lidar', scene.name, k)[:16]
@@ -135,6 +145,7 @@ def openscene_log(
     seen: Observed,
     offset: Float[np.ndarray, "2"],  # of the scene on its map sheet [m]
     rig: tuple[Camera, ...],
+    keyframes=None,                  # which frames; None: all
 ) -> list[dict]:                     # a frame every 0.5 s
     "A scene as OpenScene logs it."
     name, log, steps, n = scene.name, log_name(scene), seen.step, len(seen.step)
@@ -148,7 +159,8 @@ def openscene_log(
                   map_location=NUPLAN_MAP[scene.map], roadblock_ids=blocks, vehicle_name='minidrive', lidar2ego=eye, lidar2ego_translation=np.zeros(3),
                   lidar2ego_rotation=[1., 0., 0., 0.], occ_gt_final_path=None, flow_gt_final_path=None)
     out = []
-    for k, step in enumerate(steps):
+    for k in range(n) if keyframes is None else keyframes:
+        step = steps[k]
         us, can, i = start_us(scene) + int(round(float(scene.t[step]) * 1e6)), _pose(scene, step, offset), np.flatnonzero(there[k])
         to_world = _ego_matrix(can)
         cams = {c: (dict(v, data_path=f'{UP}/{filename(scene, CAMERA_OF[c], us)}') if c in CAMERA_OF else v) for c, v in same.items()}

@@ -6,7 +6,7 @@
 __all__ = ['PROBES', 'SIGHTED', 'BLIND', 'OPEN', 'FEW', 'LEAST_SCENES', 'REQUIRED', 'THRESHOLDS_M', 'PENALTIES', 'MOST_ROWS',
            'HORIZONS', 'CARD', 'Labels', 'sample_times', 'label_samples', 'groups', 'decide', 'probe_table', 'shares',
            'Ridge', 'thinned', 'motion_readout', 'visual_floors', 'split_faults', 'shuffled_labels', 'short_card',
-           'verdicts', 'write_difficulty', 'group_title', 'plot_difficulty', 'plot_rho']
+           'verdicts', 'write_difficulty', 'group_title', 'in_order', 'plot_difficulty', 'plot_rho']
 
 # %% ../../nbs/80_evaluation/25_difficulty.ipynb #c003
 from concurrent.futures import ProcessPoolExecutor
@@ -307,6 +307,16 @@ def group_title(name: str) -> str:
     "A group's name in words."
     kind, _, rest = name.partition("_")
     return _TITLES.get(name) or f"{'critical' if kind == 'critical' else 'scenes of'}: {rest.replace('_', ' ')}"
+
+
+def in_order(
+    table: dict,      # group -> anything, such as read from a file
+) -> dict:            # all, the two pairs, kinds of event, families
+    "Groups in the order in which they are shown."
+    names = [*_TITLES, *(f"critical_{k}" for k in EVENT_KINDS), *(f"family_{f}" for f in FAMILIES)]
+    odd = sorted(set(table) - set(names))
+    if odd: raise KeyError(f"unknown group {odd[0]!r}")
+    return {n: table[n] for n in names if n in table}
 
 
 def plot_difficulty(

@@ -79,7 +79,7 @@ def add_midblock(self: RoadBuilder, rng, legs: list[Leg], plain: list[int]) -> t
 # %% ../../nbs/10_world/16_layouts.ipynb #c009
 _SIDE_LENGTH_M = 48
 
-def _lane_count(rng, p=(.34, .50, .16)) -> int: return int(rng.choice([1, 2, 3], p=p))
+def _lane_count(rng, p=(.24, .58, .18)) -> int: return int(rng.choice([1, 2, 3], p=p))
 def _wide(rng) -> float: return float(rng.choice([.5, 2.4], p=[.5, .5]))  # shoulder; the wide one is a parking strip
 
 def _open_road(b: RoadBuilder, rng, kind: str, wanted: int) -> Layout:
@@ -139,7 +139,7 @@ def _add_crossing(self: RoadBuilder, rng, leg: Leg, turn: str, lanes: tuple[int,
         if name == turn: made = self.add_leg(reference_line(pose, kappa), lanes[0], lanes[1], leg.shoulder_m)
         else: side = self.add_leg(reference_line(pose, np.zeros(_SIDE_LENGTH_M)), n_out, n_in, leg.shoulder_m)
         arms.append(start_arm(made if name == turn else side))
-    control = str(rng.choice(['signals', 'major', 'minor'], p=[.66, .17, .17]))
+    control = str(rng.choice(['signals', 'major', 'minor'], p=[.74, .13, .13]))
     pairs = self.add_junction(arms, control, str(rng.choice(['stop', 'yield'])), bool(control == 'signals' or rng.random() < .4))
     return made, self._crossing(arms, pairs, leg, made, turn, first)
 
@@ -316,7 +316,7 @@ def add_props(rng: np.random.Generator, b: RoadBuilder) -> list[Prop]:
 # %% ../../nbs/10_world/16_layouts.ipynb #c023
 _MAKERS = dict(straight=_open_road, curve=_open_road, s_curve=_open_road, two_way=_open_road, four_way=_junctions, t_intersection=_junctions,
                roundabout=_roundabout, merge=_merge, lane_drop=_lane_drop, work_zone=_work_zone)
-KIND_SHARE = dict(straight=.09, curve=.08, s_curve=.08, two_way=.08, four_way=.20, t_intersection=.14, roundabout=.11, merge=.08, lane_drop=.06, work_zone=.08)
+KIND_SHARE = dict(straight=.11, curve=.08, s_curve=.08, two_way=.06, four_way=.22, t_intersection=.16, roundabout=.09, merge=.07, lane_drop=.06, work_zone=.07)
 
 def make_layout(
     kind: str,                # one of ROAD_KINDS

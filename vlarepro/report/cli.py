@@ -95,6 +95,10 @@ def _check_world(where: Path, against: "str | None") -> dict:
 
 def _world(a) -> int:
     if a.action == "make": return _make_world(a)
+    if a.gallery:
+        from vlarepro.world.gallery import write_gallery
+        pages = write_gallery(a.gallery, a.seed or 0)
+        return _json(pages) if a.json else print(f"{len(pages)} pictures in {a.gallery}") or 0
     where = _world_root(a.dir)
     if a.action in ("verify", "check"):
         from vlarepro.world.generate import verify
@@ -225,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, help="make: processes; default: one a core; the result is the same for any number")
     p.add_argument("--minutes", type=float, help="make: stop after the shard in which this time is over (exit code 3); the same command goes on")
     p.add_argument("--scene", help="show: draw this scene, to --out or <scene>.png")
+    p.add_argument("--gallery", help="show: draw road kinds, families, negative drives and recoveries into this folder; needs no data set")
     p.add_argument("--against", help="check, verify: another world to compare with")
     p.add_argument("--out", help="unpack: where samples/ and navsim/ are made, default inside the data set; show: the picture")
     p = add("oracle", _oracle, "compare our scorers with recorded outputs of the originals")

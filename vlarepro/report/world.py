@@ -30,7 +30,7 @@ def card_rows(
             ("Version", f"world version {c['world_version']}, seed {c['seed']}, nuScenes folder {c['version']}. The content follows from version, seed and sizes; a change of content changes the version."),
             ("Hash", f"{c['hash']} (content), {c['image_hash']} (images)"),
             ("Sizes", f"scenes: {_list(c['splits'])}; {c['counts']['sample']:,} keyframes, {c['counts']['sample_annotation']:,} boxes, three cameras of {c['image_size'][0]} × {c['image_size'][1]} px; "
-                      f"NAVSIM windows: {_list(c['navsim']['windows'])}; {c['navsim']['second_stage_pairs']} second-stage scenes"),
+                      f"NAVSIM windows: {_list(c['navsim']['windows'])}; {c['navsim']['second_stage_pairs']} second-stage scenes; negative drives, each with a recovery: {_list(c['navsim']['suboptimal'])}"),
             ("Maps", "; ".join(f"{k}: {', '.join(v)}" for k, v in c["maps"].items())),
             ("Roads", _list(c["roads"])), ("Families", _list(c["families"])), ("Scenes with", _list(c["scenes_with"])),
             ("Vision-critical", f"{percent(s['event_critical'])} of the {world['info']['split']} samples by events ({_list({k: percent(v) for k, v in s['by_kind'].items()})}); "

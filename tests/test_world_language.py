@@ -153,7 +153,7 @@ def test_spatial_answers_are_true_by_projection(scenes):
                     low, high = map(int, re.findall(r"\d+", q["answer"]))
                     assert low <= named[0].depth_m <= high and len(set(q["options"])) == 3
                 if q["task"] == "pixel":
-                    assert q["box_px"][0] < eval(q["answer"])[0] < q["box_px"][2] and q["size_px"] == [128, 64]
+                    assert q["box_px"][0] < json.loads(q["answer"])[0] < q["box_px"][2] and q["size_px"] == [128, 64]
                 if q["task"] == "lateral" and "left" in q["question"]:
                     mid = sorted(named, key=lambda o: o.box_px[0] + o.box_px[2])
                     close = abs(mid[0].box_px[0] + mid[0].box_px[2] - mid[1].box_px[0] - mid[1].box_px[2]) / 2 <= 8

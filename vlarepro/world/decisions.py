@@ -49,10 +49,10 @@ def _speed(view: View) -> tuple[str, Fact | None]:
     if first is not None:
         halt = first.kind in ('light', 'control', 'walker', 'crossing') or first.state == 'stopped'
         return ('stop' if halt and first.gap_m < 2.2 * v + 3 else 'slow down'), first
-    room = 1.6 * (1 - (v / max(.93 * min(view.limit_mps, view.cap_mps), 1.)) ** 4)
+    room = 1.6 * (1 - (v / max(.96 * min(view.limit_mps, view.cap_mps), 1.)) ** 4)
     near = next((f for f in facts if f.kind == 'leader' and f.gap_m < 1.25 * v + 4 or f.kind == 'cut_in' and f.gap_m < 1.6 * v + 8), None)
     if near is not None: return ('hold speed' if near.asks_mps2 > -.3 or room < 0 else 'slow down'), near
-    if room > .55 and not any(f.asks_mps2 < -.25 for f in facts): return 'speed up', None
+    if room > .95 and not any(f.asks_mps2 < -.25 for f in facts): return 'speed up', None
     return ('slow down' if room < -.7 else 'hold speed'), next((f for f in facts if room < -.7 and f.kind in ('bend', 'turn')), None)
 
 # %% ../../nbs/10_world/63_decisions.ipynb #c009

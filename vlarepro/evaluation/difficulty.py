@@ -142,10 +142,13 @@ class Ridge:
         self.mean, self.std = x.mean(0), np.maximum(x.std(0), 1e-3)
         z = ((x - self.mean) / self.std).astype(np.float32)
         self.offset = y.mean(0)
-        self.values, self.vectors = np.linalg.eigh((z.T @ z).astype(np.float64))
-        self.target = self.vectors.T @ (z.T @ (y - self.offset)).astype(np.float64)
+        self.values, vectors = np.linalg.eigh((z.T @ z).astype(np.float64))
+        self.vectors = vectors.astype(np.float32)
+        self.target = self.vectors.T @ (z.T @ (y - self.offset).astype(np.float32))
 
-    def __call__(self, x, penalty): return self.offset + ((x - self.mean) / self.std) @ (self.vectors @ (self.target / (self.values[:, None] + penalty)))
+    def __call__(self, x, penalty):
+        turned = ((x - self.mean) / self.std).astype(np.float32) @ self.vectors
+        return self.offset + (turned / (self.values + penalty).astype(np.float32)) @ self.target
 
     def best(self, x, y) -> float:
         "The penalty with the least error on other samples."
@@ -189,8 +192,8 @@ def visual_floors(
     split: str,
 ) -> dict:          # {seconds: {mean, copy, ego, now, both}} mean squared error per feature
     "Error of five simple predictors of the next visual state."
-    fit, dev, rows = thinned(data.rows("train")), data.rows("dev"), thinned(data.rows(split))
-    where = dict(fit=fit, dev=thinned(dev, 2000), rows=rows)
+    fit, dev, rows = thinned(data.rows("train"), 5000), thinned(data.rows("dev"), 500), thinned(data.rows(split), 3000)
+    where = dict(fit=fit, dev=dev, rows=rows)
     now = {k: _flat(data, data.now[torch.as_tensor(r)]) for k, r in where.items()}
     mean, std = now["fit"].mean(0), np.maximum(now["fit"].std(0), 1e-3)
     ego = {k: data.ego[torch.as_tensor(r)].numpy() for k, r in where.items()}

@@ -235,7 +235,8 @@ def test_shuffling_touches_training_futures_alone(table):
 # The report
 
 PART = dict(value=0.5, low=0.4, high=0.6)
-NAVSIM = {v: {p: {"score": PART | {"n": 30}, "nc": PART | {"n": 30}} for p in ("expert, logged", "PDM-Closed")} for v in ("navsim_v1_pdms", "navsim_v2_epdms")}
+PLANNERS = {p: {"score": PART | {"n": 30}, "nc": PART | {"n": 30}} for p in ("expert, logged", "PDM-Closed")}
+NAVSIM = dict(profile="laptop", split="test", frames=30, logs=30, scores=dict(navsim_v1_pdms=PLANNERS, navsim_v2_epdms=PLANNERS))
 
 
 def full_card():

@@ -58,12 +58,14 @@ _SCORES = {"navsim_v1_pdms": "NAVSIM v1: PDMS", "navsim_v2_epdms": "NAVSIM v2: E
 
 
 def navsim_tables(
-    scores: dict,   # navsim.json: version -> planner -> column -> {value, low, high, n}
+    navsim: dict,   # navsim.json: split, frames, logs, scores (version -> planner -> column -> {value, low, high, n}); {} without scene caches
 ) -> list[dict]:
     "One table a version: a row a planner, a column a sub-metric."
+    if not navsim: return []
     pick = lambda c: {k: c[k] for k in ("value", "low", "high", "n") if k in c}
-    return [dict(table=v, title=f"{_SCORES[v]} of planners that need no training", note="on scenes of the test split; intervals resample logs",
-                 rows=[{"row": p, "values": {k.upper() if k != "score" else "score": pick(c) for k, c in cells.items()}} for p, cells in scores[v].items()]) for v in _SCORES if v in scores]
+    note = f"{navsim['frames']} frames of {navsim['logs']} logs of the split {navsim['split']}; intervals resample logs"
+    return [dict(table=v, title=f"{title} of planners that need no training", note=note,
+                 rows=[{"row": p, "values": {k if k == "score" else k.upper(): pick(c) for k, c in cells.items()}} for p, cells in navsim["scores"][v].items()]) for v, title in _SCORES.items()]
 
 # %% ../../nbs/80_evaluation/45_world.ipynb #c010
 _WORDS = {True: ("holds", "reproduced"), False: ("does not hold", "not reproduced"), None: ("unknown", "inconclusive"), SIGHTED: (SIGHTED, "reproduced"), OPEN: (OPEN, "inconclusive"), FEW: (FEW, "inconclusive")}

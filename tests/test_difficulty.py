@@ -223,6 +223,14 @@ def test_shuffled_futures_give_chance_and_a_leak_is_seen(table, monkeypatch):
     assert found["leaks"] and found["low"] > 0 and torch.equal(before, data.future)
 
 
+def test_the_extrapolation_does_not_pass_for_a_leak(table):
+    "Ego-reading heads correct an extrapolation that tells the future; on shuffled futures it must be out of the way."
+    data = world(table)
+    data = replace(data, base=0.95 * data.future)
+    found = shuffled_labels(data, replace(FIT, steps=40), "val", ("direct", "blind"))
+    assert not any(v["leaks"] for v in found.values())
+
+
 def test_shuffling_touches_training_futures_alone(table):
     data = world(table)
     s = module._shuffled(data, 0)

@@ -233,10 +233,10 @@ def split_faults(
 
 # %% ../../nbs/80_evaluation/25_difficulty.ipynb #c023
 def _shuffled(data: GateData, seed: int) -> GateData:
-    "The futures of the training samples, dealt out anew."
+    "The futures of the training samples, dealt out anew; no extrapolation to correct, since that would tell each sample's own."
     future, train = data.future.clone(), data.rows("train")
     future[torch.as_tensor(train)] = data.future[torch.as_tensor(rng("difficulty-deal", seed).permutation(train))]
-    return replace(data, future=future)
+    return replace(data, future=future, base=torch.zeros_like(data.base))
 
 
 def _one_shuffled(arm: str, data: GateData, fit: HeadFit, seed: int, split: str):

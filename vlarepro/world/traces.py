@@ -26,7 +26,7 @@ def pieces(
 ) -> list[list[str]]:  # [text, class] in order; joined they are the plain text
     "Split a marked text into pieces of one class."
     out: list = []
-    for i, part in enumerate(_MARK.split(marked)):
+    for i, part in enumerate(_MARK.split(marked.replace('›‹', ''))):
         if part: out.append([part, COMMITMENT if i % 2 else ROUTINE])
     return out
 
@@ -92,31 +92,31 @@ def _gap(g: float) -> str:
     return 'right ahead' if g < 4 else f'{round(g)} m ahead' if g < 9.5 else f'{5 * round(g / 5)} m ahead'
 
 SEEN = {
-    'walker': ('‹a pedestrian› crosses from the ‹{side}› ‹{gap}›', '‹someone on foot› comes from the ‹{side}› ‹{gap}›', '‹{gap}› a ‹person› steps onto the road from the ‹{side}›'),
-    'waiting': ('‹a pedestrian› waits on the ‹{side}› ‹{gap}›', '‹someone› stands at the ‹{side}› kerb ‹{gap}›', '‹{gap}› a ‹person at the kerb› on the ‹{side}› may step out'),
-    'cut_in': ('‹a {noun}› from the ‹{side}› moves into the lane ‹{gap}›', '‹the {noun} on the {side}› cuts in ‹{gap}›', '‹{gap}› a ‹{noun}› squeezes in from the ‹{side}›'),
-    'crossing': ('‹a {noun}› crosses from the ‹{side}› ‹{gap}›', '‹cross traffic› comes from the ‹{side}› ‹{gap}›', '‹{gap}› a ‹{noun}› drives across from the ‹{side}›'),
-    'oncoming': ('‹a {noun}› comes the other way ‹{gap}›', '‹an oncoming {noun}› is ‹{gap}›', '‹{gap}› an ‹oncoming {noun}› passes on the ‹{side}›'),
-    'cyclist': ('‹a cyclist› rides on the ‹{side}› ‹{gap}›', '‹a bicycle› is ‹{gap}› on the ‹{side}›', '‹{gap}› a ‹cyclist› keeps to the ‹{side}›'),
-    'work_zone': ('‹road works› narrow the way on the ‹{side}› ‹{gap}›', '‹cones› mark a work zone ‹{gap}›', '‹{gap}› a ‹work zone› begins on the ‹{side}›'),
-    'bend': ('‹the road bends› to the ‹{side}› ‹{gap}›', '‹a {side} bend› comes ‹{gap}›', '‹{gap}› a ‹bend› goes to the ‹{side}›'),
-    'merge': ('‹the lane ends› and traffic moves ‹{side}› ‹{gap}›', '‹two lanes become one› to the ‹{side}› ‹{gap}›', '‹{gap}› the ‹lane runs out› and joins on the ‹{side}›'),
-    'merging': ('‹the lane is ending› to the ‹{side}›', '‹the lanes are joining› on the ‹{side}›', 'the ‹merge› to the ‹{side}› is under way'),
-    'change': ('‹the route leaves this lane› to the ‹{side}› ‹{gap}›', '‹the way changes lanes› to the ‹{side}› ‹{gap}›', '‹{gap}› the ‹next lane› on the ‹{side}› has to be taken'),
-    'control': ('‹a {noun}› lies ‹{gap}›', '‹the {noun}› is ‹{gap}›', '‹{gap}› is a ‹{noun}›'),
-    'turn': ('‹the junction› for the {side} turn is ‹{gap}›', '‹the corner› is ‹{gap}›', '‹{gap}› the road for the {side} turn ‹opens›'),
-    'turning': ('‹the corner› still has to be rounded', '‹the junction› is not yet behind', 'the {side} turn is ‹not finished›')}
-LAMP = {'red': ('‹the light {gap}› is ‹red›', '‹the signal› shows ‹red› ‹{gap}›', '‹{gap}› the ‹traffic light› has a ‹red› lamp'),
-        'yellow': ('‹the light {gap}› is ‹yellow›', '‹the signal› turns ‹yellow› ‹{gap}›', '‹{gap}› the ‹traffic light› has gone ‹yellow›'),
-        'green': ('‹the light {gap}› is ‹green›', '‹the signal› shows ‹green› ‹{gap}›', '‹{gap}› the ‹traffic light› is ‹green›')}
-LEADER = {'braking': ('‹the {noun} {gap}› ‹brakes›', '‹brake lights› come on at the ‹{noun}› ‹{gap}›', '‹{gap}› the ‹{noun} in front› ‹slows hard›'),
-          'slower': ('‹the {noun} {gap}› is ‹slower›', '‹a slower {noun}› drives ‹{gap}›', '‹{gap}› the ‹{noun} in front› ‹holds us up›'),
-          'stopped': ('‹the {noun} {gap}› has ‹stopped›', '‹a stopped {noun}› stands ‹{gap}›', '‹{gap}› the ‹{noun} in front› ‹does not move›'),
-          'moving': ('‹the {noun} {gap}› ‹keeps going›', '‹a {noun}› leads ‹{gap}›', '‹{gap}› the ‹{noun} in front› ‹flows along›')}
-BLOCK = {'parked': ('‹a parked {noun}› reaches into the lane on the ‹{side}› ‹{gap}›', '‹the {noun} standing on the {side}› blocks part of the lane ‹{gap}›', '‹{gap}› a ‹standing {noun}› takes room on the ‹{side}›'),
-         'beside': ('‹the parked {noun}› is still beside it on the ‹{side}›', '‹the {noun} on the {side}› is not yet passed', 'on the ‹{side}› the ‹{noun}› is ‹alongside›'),
-         'standing': ('‹a {noun}› stands in the lane on the ‹{side}› ‹{gap}›', '‹the {noun} on the {side}› blocks part of the lane ‹{gap}›', '‹{gap}› a ‹{noun}› takes room on the ‹{side}›')}
-NOTHING = ('‹nothing› on the way asks for a change', '‹the way ahead› is ‹free›', '‹no conflict› is in sight')
+    'walker': ('‹a pedestrian crosses› from the ‹{side}› ‹{gap}›', '‹someone on foot comes› from the ‹{side}› ‹{gap}›', '‹{gap} a person steps› onto the road from the ‹{side}›'),
+    'waiting': ('‹a pedestrian waits› on the ‹{side}› ‹{gap}›', '‹someone stands› at the ‹{side}› kerb ‹{gap}›', '‹{gap} a person at the kerb› on the ‹{side}› may step out'),
+    'cut_in': ('‹a {noun} from the {side} moves› into the lane ‹{gap}›', '‹the {noun} on the {side} cuts› in ‹{gap}›', '‹{gap} a {noun} squeezes› in from the ‹{side}›'),
+    'crossing': ('‹a {noun} crosses› from the ‹{side}› ‹{gap}›', '‹cross traffic› comes from the ‹{side}› ‹{gap}›', '‹{gap} a {noun} drives› across from the ‹{side}›'),
+    'oncoming': ('‹a {noun} comes› the other way ‹{gap}›', '‹an oncoming {noun}› is ‹{gap}›', '‹{gap} an oncoming {noun}› passes on the ‹{side}›'),
+    'cyclist': ('‹a cyclist› rides on the ‹{side}› ‹{gap}›', '‹a bicycle› is ‹{gap}› on the ‹{side}›', '‹{gap} a cyclist› keeps to the ‹{side}›'),
+    'work_zone': ('‹road works› narrow the way on the ‹{side}› ‹{gap}›', '‹cones› mark a work zone ‹{gap}›', '‹{gap} a work zone› begins on the ‹{side}›'),
+    'bend': ('‹the road bends› to the ‹{side}› ‹{gap}›', '‹a {side} bend› comes ‹{gap}›', '‹{gap} a bend› goes to the ‹{side}›'),
+    'merge': ('‹the lane ends› and traffic moves ‹{side}› ‹{gap}›', '‹two lanes› become one to the ‹{side}› ‹{gap}›', '‹{gap} the lane runs› out and joins on the ‹{side}›'),
+    'merging': ('‹the lane is ending› to the ‹{side}›', '‹the lanes› are joining on the ‹{side}›', '‹the merge› to the ‹{side}› is under way'),
+    'change': ('‹the route leaves› this lane to the ‹{side}› ‹{gap}›', '‹the way changes› lanes to the ‹{side}› ‹{gap}›', '‹{gap} the next lane› on the ‹{side}› has to be taken'),
+    'control': ('‹a {noun}› lies ‹{gap}›', '‹the {noun}› is ‹{gap}›', '‹{gap} is a {noun}›'),
+    'turn': ('‹the junction for› the {side} turn is ‹{gap}›', '‹the corner is {gap}›', '‹{gap} the road› for the {side} turn opens'),
+    'turning': ('‹the corner still› has to be rounded', '‹the junction is not› yet behind', '‹the {side} turn› is not finished')}
+LAMP = {'red': ('‹the light {gap}› is ‹red›', '‹the signal shows red {gap}›', '‹{gap} the traffic light has a red› lamp'),
+        'yellow': ('‹the light {gap}› is ‹yellow›', '‹the signal turns› yellow ‹{gap}›', '‹{gap} the traffic light has gone› yellow'),
+        'green': ('‹the light {gap}› is ‹green›', '‹the signal shows green {gap}›', '‹{gap} the traffic light is› green')}
+LEADER = {'braking': ('‹the {noun} {gap} brakes›', '‹brake lights› come on at the ‹{noun} {gap}›', '‹{gap} the {noun} in front slows› hard'),
+          'slower': ('‹the {noun} {gap} is› slower', '‹a slower {noun}› drives ‹{gap}›', '‹{gap} the {noun} in front holds› it up'),
+          'stopped': ('‹the {noun} {gap} has› stopped', '‹a stopped {noun}› stands ‹{gap}›', '‹{gap} the {noun} in front does› not move'),
+          'moving': ('‹the {noun} {gap} keeps› going', '‹a {noun} leads {gap}›', '‹{gap} the {noun} in front flows› along')}
+BLOCK = {'parked': ('‹a parked {noun}› reaches into the lane on the ‹{side}› ‹{gap}›', '‹the {noun} standing› on the ‹{side}› blocks part of the lane ‹{gap}›', '‹{gap} a standing {noun}› takes room on the ‹{side}›'),
+         'beside': ('‹the parked {noun}› is still beside it on the ‹{side}›', '‹the {noun} on the {side} is› not yet passed', '‹on the {side} the {noun}› is alongside'),
+         'standing': ('‹a {noun} stands› in the lane on the ‹{side}› ‹{gap}›', '‹the {noun} on the {side} blocks› part of the lane ‹{gap}›', '‹{gap} a {noun} takes› room on the ‹{side}›')}
+NOTHING = ('‹nothing› on the way asks for a change', '‹the way› ahead is free', '‹no conflict› is in sight')
 
 def phrase(
     f: Fact,
@@ -125,8 +125,7 @@ def phrase(
     "A fact in words."
     kind = {('turn', 'now'): 'turning', ('join', 'lane change'): 'change', ('join', 'merge'): 'merge' if f.gap_m > 0 else 'merging'}.get((f.kind, f.state), f.kind)
     options = LAMP[f.state] if kind == 'light' else LEADER[f.state] if kind == 'leader' else BLOCK[f.state] if kind == 'obstacle' else SEEN[kind]
-    text = options[form].format(noun=f.noun, side=f.side or 'right', gap=_gap(f.gap_m))
-    return text.replace('a obstacle', 'an obstacle').replace('us up', 'it up')
+    return options[form].format(noun=f.noun, side=f.side or 'right', gap=_gap(f.gap_m))
 
 # %% ../../nbs/10_world/64_traces.ipynb #c015
 DOING = {
@@ -182,7 +181,7 @@ def write_trace(
     who, state = WHO[writer[0]], trend(view.past) % 3 if view.past.speed_mps >= STILL_MPS else 1
     pace, steer = (m if dice.next() < FAITHFUL else int(dice.next() * 3) for m in manner(view.past))
     seen = [phrase(f, (writer[1] + state + i * (1 + pace)) % 3) for i, f in enumerate(d.causes)]
-    why = ', and '.join(seen) if len(seen) < 3 else f'{seen[0]}, {seen[1]}, and {seen[2]}'
+    why = '‹, and› '.join(seen) if len(seen) < 3 else f'{seen[0]}‹, {seen[1][1:]}‹, and› {seen[2]}'
     why, do = why or NOTHING[(writer[1] + state) % 3], action(d, pace, steer)
     past, (ahead, early) = motion(view.past, who), outlook(view.past)
     tell = {0: f'{why}, so {who} should {do}', 1: f'{who} should {do}, because {why}', 2: f'since {why}, best {do}'}[(writer[2] + state) % 3]

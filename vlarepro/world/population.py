@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIXTURE', 'Mixture', 'Plan', 'limits_along', 'cruise', 'plan_ego', 'on_leg', 'lane_left', 'add_obstacle',
            'add_beside', 'fill_slots', 'ego_way', 'make_lights', 'Person', 'make_people', 'Car', 'walk', 'make_leader',
-           'make_cut_in', 'make_companions', 'make_cyclists', 'arrival', 'timed', 'cross_traffic', 'oncoming_traffic',
-           'neighbours', 'obey_at_start', 'detour_conflicts']
+           'make_cut_in', 'make_pull_out', 'make_companions', 'make_cyclists', 'arrival', 'timed', 'cross_traffic',
+           'oncoming_traffic', 'neighbours', 'obey_at_start', 'detour_conflicts']
 
 # %% ../../nbs/10_world/35_population.ipynb #c003
 from dataclasses import dataclass, field, replace
@@ -24,18 +24,19 @@ from .traffic import EGO_FRONT_M, Brake, Change, Conflict, Light, Mover, Walker,
 @dataclass(frozen=True)
 class Mixture:
     "How often what happens."
-    light_sudden: float = .52      # the light turns red in front of the ego
-    light_release: float = .26     # it is red and turns green
-    walker: float = .95            # somebody stands at a crosswalk ...
-    walker_crosses: float = .74    # ... and steps out
-    jaywalker: float = .50         # somebody stands at the kerb of a free slot, as at a crosswalk
-    obstacle: float = .34          # a slot on a leg holds an obstacle in the lane
+    light_sudden: float = .62      # the light turns red in front of the ego
+    light_release: float = .22     # it is red and turns green
+    walker: float = 1.0            # somebody stands at a crosswalk ...
+    walker_crosses: float = .80    # ... and steps out
+    jaywalker: float = .75         # somebody stands at the kerb of a free slot, as at a crosswalk
+    obstacle: float = .36          # a slot on a leg holds an obstacle in the lane
     beside: float = .25            # ... or vehicles that stand harmlessly beside it
-    leader: float = .48            # the drive begins behind somebody
-    leader_brakes: float = .82     # it brakes for a reason nobody can foresee
-    cut_in: float = .80            # a multi-lane leg without a leader has a cut-in
-    cyclist: float = .55           # a long leg has a cyclist at the edge of the ego's lane
-    crossing: float = .95          # a side arm sends a vehicle that meets the ego
+    leader: float = .42            # the drive begins behind somebody
+    leader_brakes: float = .76     # it brakes for a reason nobody can foresee
+    cut_in: float = .85            # a multi-lane leg without a leader has a cut-in
+    pull_out: float = .75          # on a road with parked cars one of them pulls out
+    cyclist: float = .60           # a long leg has a cyclist at the edge of the ego's lane
+    crossing: float = .80          # a side arm sends a vehicle that meets the ego
     standing_start: float = .18
 
 MIXTURE = Mixture()
@@ -74,13 +75,13 @@ def cruise(
     for a, b, v in caps:
         part = slice(max(0, int(a / PATH_STEP_M)), max(0, int(b / PATH_STEP_M)))
         limit[part] = np.minimum(limit[part], v)
-    return speed_profile(way.path.kappa, limit, lateral_mps2, 1.9)
+    return speed_profile(way.path.kappa, limit, lateral_mps2, 2.2)
 
 def plan_ego(rng: np.random.Generator, layout: Layout, mix: Mixture) -> Plan:
     "The ego's way, style and state at the start."
     base = make_way(layout.road.lanes, layout.route)
     index = [layout.route.index(i) for i in layout.leg_lanes]
-    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.94, 1.03), rng.uniform(1.2, 1.9))
+    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.97, 1.06), rng.uniform(1.1, 1.7) if layout.crossings else rng.uniform(1.8, 2.7))
     end = plan.legs_s[0][1]
     near = bool(layout.crossings) and rng.random() < .3
     plan.s0 = max(6., end - rng.uniform(20, 45)) if near else rng.uniform(6, min(26, max(8, end - 40)))
@@ -110,14 +111,14 @@ def add_obstacle(rng: np.random.Generator, plan: Plan, leg: int, at: float) -> b
     outer = plan.layout.ego_index[leg] == len(road.forward) - 1  # nobody parks on an inner lane
     kind = rng.choice(['car', 'truck', 'cones', 'barrier'], p=[.5, .15, .2, .15] if outer else [0., 0., .6, .4])
     half, length = {'car': .95, 'truck': 1.22, 'cones': .2, 'barrier': 1.1}[kind], _LENGTH[kind]
-    clear = rng.uniform(.6, .9)
+    clear = rng.uniform(.75, 1.)
     most = road.width_m / 2 - .15 - EGO_SIZE_LWH[1] / 2 - clear if plan.layout.ego_index[leg] == 0 else .25
     edge = rng.uniform(-.75, max(min(most, .25), -.7))          # left edge of the obstacle from the lane centre
     left = edge + EGO_SIZE_LWH[1] / 2 + clear
     middle = plan.base.path.project(on_leg(plan, leg, at, lane)[:2])
     speed = float(limits_along(plan.layout, plan.base)[int(middle / PATH_STEP_M)]) * plan.speed
     reach = max(14., 1.8 * speed)
-    full_from, full_to = middle - length / 2 - EGO_FRONT_M - .5, middle + length / 2 + 1.6
+    full_from, full_to = middle - length / 2 - EGO_FRONT_M - 2., middle + length / 2 + 1.6
     begin, end = plan.legs_s[leg]
     if full_from - reach < max(begin - 4, plan.s0 + 8) or full_to + reach > end + 2: return False
     plan.detours.append(Detour(full_from - reach, full_from, full_to, full_to + reach * 1.1, left))
@@ -133,7 +134,7 @@ def add_beside(rng: np.random.Generator, plan: Plan, leg: int, at: float) -> Non
     road = plan.layout.legs[leg]
     edge = len(road.forward) * road.width_m
     if road.shoulder_m > 2:
-        for j in range(int(rng.integers(1, 4))): plan.props.append(('vehicle.car', on_leg(plan, leg, at + 6.3 * j, -edge - 1.25)))
+        for j in range(int(rng.integers(1, 4))): plan.props.append(('vehicle.car', on_leg(plan, leg, at + 6.3 * j, -edge - 1.4)))
     else: plan.props.append((('movable_object.trafficcone', 'movable_object.barrier')[rng.integers(2)], on_leg(plan, leg, at, -edge - 1.7)))
 
 # %% ../../nbs/10_world/35_population.ipynb #c012
@@ -145,16 +146,17 @@ def fill_slots(rng: np.random.Generator, plan: Plan, mix: Mixture) -> list[tuple
         while s < end - 14:
             u = rng.random()
             if any(k == leg and abs(at - (s - begin)) < 20 for k, at in plan.layout.midblock): u = 1.  # keep crosswalks free
+            if plan.layout.road.kind == 'work_zone' and plan.legs_s[0][1] - 45 < s < plan.legs_s[-1][0] + 20: u = 1.  # and the works
             if u < mix.obstacle and not narrow: add_obstacle(rng, plan, leg, s - begin)
             elif u < mix.obstacle + mix.beside: add_beside(rng, plan, leg, s - begin)
             else: free.append((leg, s))
-            s += rng.uniform(36, 62)
+            s += rng.uniform(30, 54)
     return free
 
 def ego_way(rng: np.random.Generator, plan: Plan) -> Way:
     "The line the expert means to drive: around obstacles, a little away from cones, and with a driver's small errors."
     n = len(plan.base.path.xyh)
-    aside = [Detour(plan.legs_s[0][1] - 12, plan.legs_s[0][1], plan.legs_s[-1][0], plan.legs_s[-1][0] + 12, .25)] if plan.layout.road.kind == 'work_zone' else []
+    aside = [Detour(plan.legs_s[0][1] - 12, plan.legs_s[0][1], plan.legs_s[-1][0], plan.legs_s[-1][0] + 12, .15)] if plan.layout.road.kind == 'work_zone' else []
     return make_way(plan.layout.road.lanes, plan.layout.route, plan.base.path.shifted(sideways(n, plan.detours + aside) + wander(rng, n)))
 
 # %% ../../nbs/10_world/35_population.ipynb #c014
@@ -169,7 +171,7 @@ def make_lights(rng: np.random.Generator, plan: Plan, way: Way, mix: Mixture) ->
         lamps = dict(mine=tuple(c.signals) + tuple(c.opposite), across=tuple(c.across))
         if plan.waits and i == 0: lights.append(Light(stop, 'release', 0., rng.uniform(1., 8.), **lamps))
         elif mode == 'release' and stop - plan.s0 - EGO_FRONT_M < 1.3 * stopping_distance(plan.v0) + 3: lights.append(Light(stop, 'green', 0., 0., **lamps))
-        elif mode == 'sudden': lights.append(Light(stop, mode, rng.uniform(.98, 1.2), rng.uniform(4.5, 10.), **lamps))
+        elif mode == 'sudden': lights.append(Light(stop, mode, rng.uniform(1.06, 1.28), rng.uniform(4.5, 10.), **lamps))
         else: lights.append(Light(stop, mode, rng.uniform(14, 50), rng.uniform(1., 6.), **lamps))
     return lights
 
@@ -209,7 +211,7 @@ def make_people(rng: np.random.Generator, plan: Plan, way: Way, free: list, mix:
         blocks = tuple((i, s, max(0., (abs(y - a) - w / 2 - 1.) / speed), until(y)) for i, y, s in lanes)
         j = at + rng.uniform(-.5, .5)
         near_edge = way.path.project(on_leg(plan, leg, at, lane)[:2]) - 1.6
-        walker = Walker(near_edge, bool(rng.random() < mix.walker_crosses), rng.uniform(1., 1.3), until(lane), blocks)
+        walker = Walker(near_edge, bool(rng.random() < mix.walker_crosses), rng.uniform(1.06, 1.32), until(lane), blocks)
         start = on_leg(plan, leg, j, a)
         along = np.array([np.cos(start[2]), np.sin(start[2])])
         others = [along * d + rng.normal(0, .05, 2) for d in (.95, -.95)[:int(rng.choice(3, p=[.4, .35, .25]))]]
@@ -280,15 +282,37 @@ def make_cut_in(rng, plan: Plan, way: Way, leg: int, at: float) -> Car:
     mover = Mover(way, v_ref, Driver(1.8, jerk_mps3=6., hardest_mps2=2.4), float(size[0]), plan.s0 + EGO_FRONT_M + gap + size[0], plan.v0, change=change)
     return Car(mover, 'vehicle.car', size, color, leg_end_s=plan.legs_s[leg][1])
 
+def make_pull_out(rng, plan: Plan, way: Way, leg: int, at: float) -> Car:
+    "Somebody who stands at the kerb and pulls out in front of the ego."
+    size, color = looks(rng, 'vehicle.car')
+    speed = float(limits_along(plan.layout, way)[int(at / PATH_STEP_M)]) * plan.speed
+    trigger = at - size[0] - stopping_distance(speed) * rng.uniform(1., 1.25)
+    change = Change(-1., plan.layout.legs[leg].width_m / 2 + 1.4, rng.uniform(2.4, 3.2), trigger, 0., parked=True)
+    mover = Mover(way, cruise(plan.layout, way, plan.speed * rng.uniform(.5, .75), 2.), Driver(1.9, jerk_mps3=4.), float(size[0]), at, 0., change=change)
+    return Car(mover, 'vehicle.car', size, color)
+
 # %% ../../nbs/10_world/35_population.ipynb #c019
 def make_companions(rng: np.random.Generator, plan: Plan, way: Way, free: list, mix: Mixture) -> list[Car]:
-    "Leaders, or a cut-in where the neighbour lane allows one."
+    "Leaders, or a cut-in where the neighbour lane allows one, or somebody who pulls out from the kerb."
     front = plan.s0 + EGO_FRONT_M
     fixed = [c.turn != 'straight' or c.kind != 'junction' for c in plan.layout.crossings]
     reachable = fixed.index(True) + 1 if True in fixed else len(fixed) + 1  # legs before the first turn or taper
-    spots = [(leg, s) for leg, s in free if leg < reachable and len(plan.layout.legs[leg].forward) > 1
-             and front + 15 < s < plan.legs_s[leg][1] - 35 and all(d.begin_s > s + 40 for d in plan.detours)]
-    if spots and rng.random() < mix.cut_in: return [make_cut_in(rng, plan, way, *spots[int(rng.integers(len(spots)))])]
+    spots = [(leg, s) for leg in range(min(reachable, len(plan.legs_s))) if len(plan.layout.legs[leg].forward) > 1
+             for s in np.arange(max(plan.legs_s[leg][0], front) + rng.uniform(14, 30), plan.legs_s[leg][1] - 35, 12.)
+             if not any(d.begin_s - 40 < s < d.end_s + 5 for d in plan.detours)]
+    if spots and rng.random() < mix.cut_in:
+        first = int(rng.integers(min(6, len(spots))))
+        later = [x for x in spots if x[1] > spots[first][1] + 60]
+        cars = [make_cut_in(rng, plan, way, *spots[first])]
+        if later and rng.random() < .5:  # and another one
+            cars.append(make_cut_in(rng, plan, way, *later[int(rng.integers(len(later)))]))
+            m = cars[1].mover
+            cars[1] = replace(cars[1], mover=replace(m, s0=cars[0].mover.s0 + cars[0].mover.length_m + 9.))
+        return cars
+    kerb = [(leg, s) for leg, s in free if plan.layout.legs[leg].shoulder_m > 2 and plan.layout.ego_index[leg] == len(plan.layout.legs[leg].forward) - 1
+            and s > front + 30 and s < plan.legs_s[leg][1] - 30 and all(d.begin_s > s + 30 or d.end_s < s - 30 for d in plan.detours)
+            and all(k != leg or abs(plan.legs_s[leg][0] + at - s) > 25 for k, at in plan.layout.midblock)]
+    if kerb and rng.random() < mix.pull_out: return [make_pull_out(rng, plan, way, *kerb[int(rng.integers(min(2, len(kerb))))])]
     if rng.random() > mix.leader: return []
     cars, gap = [], rng.uniform(5, 9) if plan.v0 < 1 else rng.uniform(9, 22)
     for _ in range(1 + (rng.random() < .3)):
@@ -358,7 +382,7 @@ def cross_traffic(rng, plan: Plan, v_ref: np.ndarray, way: Way, mix: Mixture) ->
         first = [lane for k in c.through for lane in layout.road.yields.get(k, ())]  # those the ego has to let pass
         arms += [lanes[k].predecessors[0] for k in first if lanes[k].predecessors and lanes[k].predecessors[0] not in layout.route]
         for lane in dict.fromkeys(arms):
-            busy = mix.crossing * (.55 if c.kind == 'roundabout' else 1.)
+            busy = mix.crossing * (.45 if c.kind == 'roundabout' else 1.)
             if rng.random() > busy or lane in layout.route: continue
             ids = _back(rng, layout, lane, 60.)
             ids += walk(rng, layout, lane, set() if c.kind != 'roundabout' else set(c.through))[1:]
@@ -432,5 +456,5 @@ def detour_conflicts(plan: Plan, way: Way, cars: list[Car]) -> list[tuple[int, C
         for i, car in enumerate(cars):
             if lane not in car.mover.way.lanes: continue
             a, b = (car.mover.way.path.project(way.path.at(s)[:2]) for s in (d.full_from_s, d.full_to_s + 3.))
-            out.append((0, Conflict(i + 1, mine, (min(a, b) - 2., max(a, b) + 2.), d.full_from_s + EGO_FRONT_M - 7., True)))
+            out.append((0, Conflict(i + 1, mine, (min(a, b) - 2., max(a, b) + 2.), d.begin_s + .3 * (d.full_from_s - d.begin_s) + EGO_FRONT_M, True)))
     return out

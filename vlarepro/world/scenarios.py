@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COMMAND_AHEAD_M', 'NEAR_M', 'BEHIND_M', 'MAX_AGENTS', 'LARGE_LWH', 'LARGE_FORWARD_M', 'CRITICAL_S', 'ATTEMPTS',
            'route_command', 'route_turns', 'car_track', 'visible', 'ego_agent', 'make_events', 'family_of',
-           'critical_flags', 'make_scene']
+           'critical_flags', 'runs_at_somebody', 'stays_on_pavement', 'make_scene']
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c003
 import numpy as np
+import shapely
 from jaxtyping import Float, Int8
 
 from .agents import crossing_track, looks, standing_track, strolling_track, touching, vehicle_track, without_contact
@@ -16,7 +17,8 @@ from .expert import Passing, ego_states, quintic
 from .layouts import Layout, build_layout
 from .population import (MIXTURE, Car, Mixture, Person, Plan, cross_traffic, cruise, detour_conflicts, ego_way, fill_slots, 
                                        make_companions, make_cyclists, make_lights, make_people, neighbours, obey_at_start, on_leg, oncoming_traffic, plan_ego)
-from .scene import (DT_S, EGO_SIZE_LWH, EVENT_KINDS, FORWARD, LEFT, LOCATIONS, N_STEPS, RIGHT, WORLD_VERSION, Agent, Event, Scene)
+from .scene import (DT_S, EGO_SIZE_LWH, EVENT_KINDS, FORWARD, LEFT, LOCATIONS, N_STEPS, RIGHT, WORLD_VERSION, Agent, Event, Scene,
+                                  box_corners, boxes_overlap)
 from .traffic import EGO_FRONT_M, Driver, Light, Mover, Run, Way, simulate
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c006
@@ -52,7 +54,7 @@ def car_track(car: Car, i: int, run: Run) -> tuple[np.ndarray, np.ndarray]:
         cut = run.cut_steps[i]
         begin = len(s) if cut is None else cut
         left += m.change.side * m.change.width_m * (1 - quintic((np.arange(len(s)) - begin) * DT_S / m.change.duration_s))
-        if cut is None and s.max() > car.leg_end_s: there[:] = False  # it never moved over: its lane does not go on with its way
+        if cut is None and not m.change.parked and s.max() > car.leg_end_s: there[:] = False  # it never moved over: its lane does not go on with its way
     return vehicle_track(m.way.path, s, run.v[:, i], float(car.size[0]), left), there
 
 def visible(ego: np.ndarray, track: np.ndarray, there: np.ndarray) -> np.ndarray:
@@ -213,6 +215,33 @@ def critical_flags(
     return out
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c019
+def runs_at_somebody(
+    ego: Float[np.ndarray, "t 7"], agents: list[Agent],
+    inside: np.ndarray,               # (t,) bool: in a junction
+    grow_m: float = .2,
+) -> bool:
+    "Whether the ego, going straight on for 0.3, 0.6 or 0.9 s, would touch somebody who is then ahead (in junctions: not behind)."
+    me, speed = ego_agent(ego).track, ego[:, 3:4]
+    way = np.stack([np.cos(ego[:, 2]), np.sin(ego[:, 2])], -1)
+    near = [a for a in agents if a.valid.any()]
+    for f in (3, 6, 9):
+        boxes = box_corners(me[:-f, :2] + speed[:-f] * f * DT_S * way[:-f], me[:-f, 2], LARGE_LWH[0] + grow_m, LARGE_LWH[1] + grow_m)
+        for a in near:
+            d = a.track[f:, :2] - ego[:-f, :2]
+            along, dist = (d * way[:-f]).sum(1), np.hypot(d[:, 0], d[:, 1])
+            ask = a.valid[f:] & (dist < 14 + ego[:-f, 3]) & (ego[:-f, 3] > .3) & (along > np.where(inside[:-f], -.86, .84) * dist)
+            if ask.any() and boxes_overlap(boxes[ask], box_corners(a.track[f:][ask, :2], a.track[f:][ask, 2], *a.size_lwh[:2])).any(): return True
+    return False
+
+def stays_on_pavement(ego: Float[np.ndarray, "t 7"], drivable: list[np.ndarray], grow_m: float = .3) -> bool:
+    "Whether the corners of the large car are on the drivable area at every second step."
+    paved = shapely.union_all(shapely.buffer([shapely.Polygon(p) for p in drivable], .02))
+    shapely.prepare(paved)
+    me = ego_agent(ego).track[::2]
+    corners = box_corners(me[:, :2], me[:, 2], LARGE_LWH[0] + grow_m, LARGE_LWH[1] + grow_m)
+    return bool(shapely.contains_xy(paved, corners[..., 0].ravel(), corners[..., 1].ravel()).all())
+
+# %% ../../nbs/10_world/40_scenarios.ipynb #c021
 ATTEMPTS = 12
 
 def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: str, mix: Mixture, kind: str | None) -> tuple[Scene, bool]:
@@ -222,8 +251,8 @@ def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: st
     free = fill_slots(rng, plan, mix)
     way = ego_way(rng, plan)
     lights, people = make_lights(rng, plan, way, mix), make_people(rng, plan, way, free, mix)
-    slow = [(p.walker.s - EGO_FRONT_M - 18, p.walker.s - EGO_FRONT_M + 3, 8.5) for p in people]  # where people wait, whether they will cross or not
-    if layout.road.kind == 'work_zone': slow.append((plan.legs_s[0][1] - 6., plan.legs_s[-1][0], rng.uniform(6., 7.)))
+    slow = [(p.walker.s - EGO_FRONT_M - 14, p.walker.s - EGO_FRONT_M + 3, 10.5) for p in people]  # where people wait, whether they will cross or not
+    if layout.road.kind == 'work_zone': slow.append((plan.legs_s[0][1] - 6., plan.legs_s[-1][0], rng.uniform(6.4, 7.2)))
     v_ref = cruise(layout, way, plan.speed, plan.lateral_mps2, slow)
     cars = make_companions(rng, plan, way, free, mix)
     ahead = bool(cars)
@@ -232,7 +261,7 @@ def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: st
     cars += oncoming_traffic(rng, plan, v_ref, way, int(rng.integers(1, 5)))
     cars += neighbours(rng, plan, int(rng.integers(0, 3)))
     cars = obey_at_start(layout, cars, lights)
-    driver = Driver(rng.uniform(1.5, 2.1), 2., rng.uniform(1.1, 1.5), 3.2, 3.4, 2.6)
+    driver = Driver(rng.uniform(1.7, 2.2), 2., rng.uniform(1.1, 1.5), 3.2, 3.4, 2.6)
     ego_mover = Mover(way, v_ref, driver, EGO_SIZE_LWH[0], plan.s0 + EGO_FRONT_M, plan.v0, late=3)
     run = simulate(layout.road, [ego_mover, *(c.mover for c in cars)], lights, [p.walker for p in people], detour_conflicts(plan, way, cars),
                    _passing(plan, way, cars, people))
@@ -248,9 +277,11 @@ def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: st
     scene = Scene(name, split, map, int(seed), layout.road, np.arange(N_STEPS) * DT_S, ego, agents, run.lamps, events, layout.route,
                   route_command(run.s[:, 0], turns), float(rng.uniform(.75, 1.1)), int(rng.integers(2 ** 31)), family_of({e.kind for e in events}, ahead),
                   way.path.xyh, v_ref)
-    return scene, clean and run.s[-1, 0] < way.path.length_m - 4
+    if not clean or run.s[-1, 0] >= way.path.length_m - 4: return scene, False
+    inside = np.any([(run.s[:, 0] > begin) & (run.s[:, 0] < end + 4) for begin, end, _ in turns], 0) if turns else np.zeros(N_STEPS, bool)
+    return scene, not runs_at_somebody(ego, agents, inside) and stays_on_pavement(ego, layout.road.drivable)
 
-# %% ../../nbs/10_world/40_scenarios.ipynb #c020
+# %% ../../nbs/10_world/40_scenarios.ipynb #c022
 def _passing(plan: Plan, way: Way, cars: list[Car], people: list[Person]) -> Passing | None:
     "How the ego passes the cyclists of a drive."
     cyclists = [i + 1 for i, c in enumerate(cars) if c.category == 'vehicle.bicycle']
@@ -265,7 +296,7 @@ def _passing(plan: Plan, way: Way, cars: list[Car], people: list[Person]) -> Pas
             for lane in layout.legs[leg].backward[:1]:
                 if lane in car.mover.way.lanes: opposing.append((i + 1, end + car.mover.way.begin_s[car.mover.way.lanes.index(lane)]))
     width = layout.legs[0].width_m
-    return Passing(cyclists, -(width / 2 - .45) + .33 + .85 + EGO_SIZE_LWH[1] / 2, opposing, closed)
+    return Passing(cyclists, -(width / 2 - .45) + .33 + 1. + EGO_SIZE_LWH[1] / 2, opposing, closed)
 
 def make_scene(
     seed: int,

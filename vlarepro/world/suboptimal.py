@@ -224,16 +224,17 @@ def _lane_at(r: Replay, k: int):
 def _candidates(r: Replay, inner, kind: str, rng: np.random.Generator) -> list[tuple[int, Habit, int]]:
     "(start step, habit, steps until the expert takes over) of a kind, in random order."
     ego, out = r.scene.ego, []
-    steps = np.arange(4 * KEYFRAME_STEP, N_STEPS - WINDOW - KEYFRAME_STEP, KEYFRAME_STEP)
+    steps = np.arange(3 * KEYFRAME_STEP, N_STEPS - WINDOW - KEYFRAME_STEP, KEYFRAME_STEP)
     for k in rng.permutation(steps).tolist():
         v, ahead = ego[k, 3], ego[k:k + WINDOW + 1]
         if kind == 'hesitation' and ahead[:, 3].mean() > 4.5 and ahead[-1, 3] > 4.:
             out.append((k, Habit(k + WINDOW, rng.uniform(.25, .45), driver=Driver(1., 2., 1.6, 3.)), int(rng.integers(4, 6)) * KEYFRAME_STEP))
-        if kind == 'early_stop' and v > 3.5:
-            for e in r.scene.events:
-                room = np.interp(e.t_start_s, r.scene.t, inner[:, 0]) - inner[k, 0] + 5.  # the turn event starts 5 m before the junction
-                if e.kind == 'turn' and 16 < room - EGO_FRONT_M < 34 and ahead[:, 3].min() > 2.:
-                    out.append((k, Habit(k + WINDOW, stop_s=float(inner[k, 0] + room - rng.uniform(7., 11.))), int(rng.integers(6, 8)) * KEYFRAME_STEP))
+        if kind == 'early_stop' and v > 3.:
+            for e in r.scene.events:  # a turn's event starts when the front is 5 m before the junction
+                room = float(np.interp(e.t_start_s, r.scene.t, inner[:, 0]) - inner[k, 0]) + 5.
+                short = rng.uniform(8., 13.)
+                if e.kind == 'turn' and room > short + 5. + v * v / 5.5 and room < 60. and ahead[:35, 3].min() > 1.5:
+                    out.append((k, Habit(k + WINDOW + 10, stop_s=inner[k, 0] + EGO_FRONT_M + room - short), int(rng.integers(6, 9)) * KEYFRAME_STEP))
         if kind == 'late_braking' and v > 5. and ego[k, 4] > -.6 and ahead[:20, 4].min() < -1.4:
             first = k + int(np.argmax(ahead[:20, 4] < -.7))
             for delay in rng.permutation(np.arange(6, 20, 2)).tolist():
@@ -246,10 +247,11 @@ def _candidates(r: Replay, inner, kind: str, rng: np.random.Generator) -> list[t
                 out.append((k, Habit(k + 40, left_m=lane.width_m * rng.uniform(.85, 1.), tau_s=.6), int(rng.integers(4, 6)) * KEYFRAME_STEP))
         if kind == 'fast_bend' and v > 4.:
             bend = np.abs(r.path.kappa[int(inner[k, 0] / PATH_STEP_M):int((inner[k, 0] + 28) / PATH_STEP_M)])
-            if bend.max(initial=0.) > .025 and bend[:8].max() < .6 * bend.max():
+            if bend.max(initial=0.) > .025 and bend[:6].max() < .7 * bend.max():
                 side = np.sign(r.path.kappa[int(inner[k, 0] / PATH_STEP_M) + int(bend.argmax())])
-                need = np.sqrt(5.4 / bend.max()) / np.sqrt(2.1 / bend.max())
-                out.append((k, Habit(k + 40, need * rng.uniform(1., 1.15), left_m=-side * rng.uniform(.3, .6), driver=Driver(2.2, 3., 1., 2., 6., 6., 6.)), 2 * KEYFRAME_STEP))
+                cap = float(np.sqrt(5.3 / bend.max())) * rng.uniform(1., 1.12)
+                if cap < v + 1.5:
+                    out.append((k, Habit(k + 40, 9., cap, -side * rng.uniform(.2, .5), driver=Driver(2.2, 3., 1., 2., 6., 6., 6.)), 2 * KEYFRAME_STEP))
     return out
 
 # %% ../../nbs/10_world/42_suboptimal.ipynb #c021
@@ -287,6 +289,8 @@ def make_negative(
     raise NoDrive(f'{scene.name}: no place for a {kind} drive')
 
 # %% ../../nbs/10_world/42_suboptimal.ipynb #c022
+_RARE = {'early_stop': 12., 'fast_bend': 5., 'late_braking': 4.}
+
 def suboptimal_pairs(
     scene: Scene, rng: np.random.Generator,
     most: int = 2,                         # pairs
@@ -294,7 +298,8 @@ def suboptimal_pairs(
 ) -> list[tuple[Drive, Drive]]:            # (negative, recovery)
     "Pairs of different kinds that a scene offers, in random order."
     r, out = Replay(scene), []
-    for kind in rng.permutation(np.array(kinds)).tolist():
+    weight = np.array([_RARE.get(k, 1.) for k in kinds])  # what few scenes offer is tried first more often
+    for kind in rng.choice(np.array(kinds), len(kinds), replace=False, p=weight / weight.sum()).tolist():
         if len(out) >= most: break
         try:
             negative = make_negative(scene, kind, rng, r)

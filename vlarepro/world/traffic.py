@@ -83,6 +83,7 @@ class Change:
     ego_at_s: float | None = None  # a cut-in: when the ego's front is here; None: as soon as the gap is safe
     gap_m: float = 10.       # a cut-in: rear bumper ahead of the ego's front
     not_before: int = 0      # step
+    parked: bool = False     # it stands at the kerb until then
 
 @dataclass(frozen=True)
 class Mover:
@@ -145,7 +146,7 @@ class _LightState:
     def step(self, k: int, front: float, v: float, soon: float) -> None:
         "Advance one step; `front` is the ego's front bumper, `soon` its speed after the reaction."
         m, room = self.light, self.light.stop_s - front
-        if self.trigger is None and m.mode == 'sudden' and .88 < room / stopping_distance(soon) < m.near:
+        if self.trigger is None and m.mode == 'sudden' and k > 4 and .98 < room / stopping_distance(soon) < m.near:
             self.trigger, self.red = k, k + int(m.yellow_s / DT_S); self.release = self.red + int(m.hold_s / DT_S)
         if self.trigger is None and m.mode == 'release' and (0 < room < m.near or v < .3 and 0 < room < 30 and k * DT_S > m.hold_s):
             self.trigger, self.red = k, 0; self.release = k + _YELLOW + _ALL_RED
@@ -159,7 +160,7 @@ class _LightState:
     def closed_for_ego(self, front: float, v: float) -> bool:
         "Whether the ego, which sees late and stops only if it still can, has to stop."
         room = self.light.stop_s - front
-        closed = self.seen[-1 - int(REACTION_S / DT_S)] != GREEN and room > -.6
+        closed = self.seen[-1 - int(REACTION_S / DT_S)] != GREEN and room > (-3. if self.stopping else -.6)
         self.stopping = closed and (self.stopping or v * v < 2 * 3.5 * max(room, .05))  # who has decided to stop does
         return self.stopping
 
@@ -212,9 +213,12 @@ def _following(graph: _Graph, mine: tuple, ways: tuple[Way, Way]) -> list | None
                 join, s = (after, e) if after in at else (later, other.begin_s[j + 2])
                 mate = next((m for m in at if join in lanes[m].successors and at[m] < at[join]), None)
                 waits = mate is not None and any(p in graph.line for p in lanes[mate].predecessors)
-                m = graph.meeting(mate, lane) if mate is not None and join == after else None
-                zone = (1 - m.b[0]) * (e - b) if m and m.kind == 'merge' else 3.
-                if mate is not None and lane in graph.road.yields.get(mate, ()) and not waits: row = at[join] - s, s - 75., 1e9, 4., at[join]  # a taper: my virtual leader
+                last = lane if join == after else after
+                m = graph.meeting(mate, last) if mate is not None and last is not None else None
+                zone = (1 - m.b[0]) * (e - b) if m and m.kind == 'merge' and join == after else 3.
+                if mate is not None and lane in graph.road.yields.get(mate, ()) and not waits:  # a taper: my virtual leader until the lanes touch
+                    touch = at[mate] + (m.a[0] if m else 1.) * (at[join] - at[mate]) - 6.
+                    row = at[join] - s, s - 75., 1e9, 4., touch
                 elif join == after: row = at[join] - s, s - zone, 1e9, 0., 0.
         rows.append(row)
     return rows if any(r is not None for r in rows) else None
@@ -254,6 +258,7 @@ class _Body:
         self.ref, self.slope = _tables(m.v_ref)
         self.hang = EGO_FRONT_M if i == 0 else .8 * m.length_m
         self.ends, self.ptr = list(m.way.begin_s[1:-1]) + [1e9], 0
+        while self.s - m.length_m > self.ends[self.ptr]: self.ptr += 1
         self.on, self.gone, self.phase = False, False, 0 if m.change else 2
         self.cut, self.braked = None, []
         self.near, self.conflicts, self.lines, self.walks = [], [], [], []
@@ -294,7 +299,7 @@ class _Body:
         leave = 2 * far / (v + sqrt(v * v + 2.6 * far) + .01)
         there = (c.theirs[0] - o.s) / max(o.v + .5 * max(o.a, 0.), .8)
         gone = (c.theirs[1] + o.m.length_m - o.s) / max(o.v, .8)
-        return leave + 1.0 > there and reach < gone + .6
+        return leave + .7 > there and reach < gone + .4
 
 # %% ../../nbs/10_world/25_traffic.ipynb #c021
 class _World:
@@ -322,6 +327,7 @@ class _World:
         "The neighbour lanes along a mover's way."
         if m.change is None: return None
         lanes = self.graph.road.lanes
+        if m.change.parked: return Way(m.way.path, (None,) * len(m.way.lanes), m.way.begin_s)
         return Way(m.way.path, tuple(lanes[i].left if m.change.side > 0 else lanes[i].right for i in m.way.lanes), m.way.begin_s)
 
     def _lines(self, car: _Body) -> None:
@@ -351,7 +357,7 @@ def _stop_gap(world: _World, car: _Body, k: int, gap: float) -> float:
             if step is not None and REACTION_S <= (k - step) * DT_S < w.blocks_s and w.s - s > -.3: stop = min(stop, w.s - s - 2.6)
     for at_s, lamp in car.lines:
         room = at_s - s - .6
-        if world.lamps[lamp] == GREEN or room < -.5: car.holding.discard(lamp)
+        if world.lamps[lamp] == GREEN or room < (-3. if lamp in car.holding else -.5): car.holding.discard(lamp)
         elif lamp in car.holding or v * v < 2 * 3.4 * max(room, .05):
             car.holding.add(lamp)
             stop = min(stop, room)
@@ -380,6 +386,7 @@ def _accelerate(world: _World, car: _Body, k: int) -> float:
     stop = _stop_gap(world, car, k, gap)
     ego = world.cars[0]
     if m.change is not None and car.phase == 0:
+        if m.change.parked: return 0.
         if m.change.ego_at_s is not None:  # keeps station beside the ego's lane
             ref, slope = max(0., min(ref * 1.25, ego.v - .5 * (car.s - m.length_m - ego.s - m.change.gap_m))), 0.
     a = next_accel(car.v, car.a, ref, slope, gap, v_lead, stop, m.driver)
@@ -418,7 +425,7 @@ def _gap_is_safe(car: _Body, world: _World) -> bool:
 def _walkers_step(world: _World, k: int, front: float, v: float) -> None:
     "A pedestrian steps out when the ego is near and nobody is between."
     for i, w in enumerate(world.walkers):
-        if world.walk[i] is None and w.crosses and .95 < (w.s - 1. - front) / stopping_distance(v) < w.near:
+        if world.walk[i] is None and w.crosses and .98 < (w.s - 1. - front) / stopping_distance(v) < w.near:
             ego = world.cars[0]
             rows = [(o, r[3][o.ptr]) for o, r in ego.near if o.on and r[3] is not None]
             between = any(r is not None and front < o.s + r[0] < w.s + 2 + o.m.length_m for o, r in rows)

@@ -90,6 +90,7 @@ def write_world(
     "Write the tables, card and verdicts of a world; the folder appears whole."
     with atomic_dir(out) as d:
         for t in difficulty_tables(report) + navsim_tables(navsim):
-            write_json(d / "tables" / f"{t['table']}.json", rounded({"paper": "world", "profile": profile, **t}))
+            columns = list(dict.fromkeys(c for r in t["rows"] for c in r["values"]))  # in this order: the file sorts the names
+            write_json(d / "tables" / f"{t['table']}.json", rounded({"paper": "world", "profile": profile, "columns": columns, **t}))
         write_json(d / "world.json", rounded({k: report[k] for k in ("card", "shares", "info")}) | {"verdicts": verdict_rows(report["verdicts"])})
         write_json(d / "provenance.json", {**provenance(profile, list(report["info"]["seeds"])), "stages": stage_records(records, stages)})

@@ -474,7 +474,7 @@ def _world_page(s: _Site, runs: Path):
     for i in ids:
         by = {p: r["tables"][i] for p, r in res.items() if i in r["tables"]}
         v = table_view(own_table(by[max(by, key=PROFILES.index)]), by, prov, old)
-        views.append({**v, "label": {"probes": "Four probes", "navsim_v1_pdms": "NAVSIM v1", "navsim_v2_epdms": "NAVSIM v2"}.get(i, i.capitalize()), "status": None})
+        views.append({**v, "label": {"probes": "Four probes", "navsim_v1_pdms": "NAVSIM v1", "navsim_v2_epdms": "NAVSIM v2"}.get(i, i.capitalize()), "status": None, "any_made": False})
     shown = {}
     for p in [p for p in PROFILES if (runs / p / "gallery" / "gallery.json").is_file()][-1:]:
         for f in gallery_pictures(runs / p / "gallery"):

@@ -214,7 +214,8 @@ def test_family_names_the_rarest_event():
 
 
 def test_mixture_changes_the_world():
-    calm = dataclasses.replace(MIXTURE, light_sudden=0.0, walker_crosses=0.0, obstacle=0.0, leader_brakes=0.0, cut_in=0.0, pull_out=0.0, cyclist=0.0, crossing=0.0)
+    none = dict.fromkeys(("light_sudden", "walker_crosses", "obstacle", "leader_brakes", "cut_in", "pull_out", "cyclist", "crossing"), 0.0)
+    calm = dataclasses.replace(MIXTURE, **none)
     kinds = {e.kind for s in range(20) for e in make_scene(s, f"scene-{s:04d}", "train", LOCATIONS[0], calm).events}
     assert not kinds & {"pedestrian", "obstacle", "brake_leader", "cut_in", "cyclist"}, kinds
 

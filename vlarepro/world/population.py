@@ -81,7 +81,8 @@ def plan_ego(rng: np.random.Generator, layout: Layout, mix: Mixture) -> Plan:
     "The ego's way, style and state at the start."
     base = make_way(layout.road.lanes, layout.route)
     index = [layout.route.index(i) for i in layout.leg_lanes]
-    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], rng.uniform(.97, 1.06), rng.uniform(1.1, 1.7) if layout.crossings else rng.uniform(1.8, 2.7))
+    speed, lateral = rng.uniform(.97, 1.06), rng.uniform(1.1, 1.7) if layout.crossings else rng.uniform(1.8, 2.7)
+    plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], speed, lateral)
     end = plan.legs_s[0][1]
     near = bool(layout.crossings) and rng.random() < .3
     plan.s0 = max(6., end - rng.uniform(20, 45)) if near else rng.uniform(6, min(26, max(8, end - 40)))
@@ -156,7 +157,8 @@ def fill_slots(rng: np.random.Generator, plan: Plan, mix: Mixture) -> list[tuple
 def ego_way(rng: np.random.Generator, plan: Plan) -> Way:
     "The line the expert means to drive: around obstacles, a little away from cones, and with a driver's small errors."
     n = len(plan.base.path.xyh)
-    aside = [Detour(plan.legs_s[0][1] - 12, plan.legs_s[0][1], plan.legs_s[-1][0], plan.legs_s[-1][0] + 12, .15)] if plan.layout.road.kind == 'work_zone' else []
+    begin, end = plan.legs_s[0][1], plan.legs_s[-1][0]
+    aside = [Detour(begin - 12, begin, end, end + 12, .15)] if plan.layout.road.kind == 'work_zone' else []
     return make_way(plan.layout.road.lanes, plan.layout.route, plan.base.path.shifted(sideways(n, plan.detours + aside) + wander(rng, n)))
 
 # %% ../../nbs/10_world/35_population.ipynb #c014
@@ -207,7 +209,8 @@ def make_people(rng: np.random.Generator, plan: Plan, way: Way, free: list, mix:
         side = 'right' if rng.random() < .6 or (left - lane + w / 2 + .6) / speed > 6.5 else 'left'
         a, b = (right, left) if side == 'right' else (left, right)
         until = lambda y: (abs(y - a) + w / 2 + .6) / speed   # noqa: B023, used inside this pass only
-        lanes = [(i, -(j + .5) * w, at - 1.6) for j, i in enumerate(road.forward)] + [(i, (j + .5) * w, len(road.line) - 1 - at - 1.6) for j, i in enumerate(road.backward)]
+        lanes = [(i, -(j + .5) * w, at - 1.6) for j, i in enumerate(road.forward)]
+        lanes += [(i, (j + .5) * w, len(road.line) - 1 - at - 1.6) for j, i in enumerate(road.backward)]
         blocks = tuple((i, s, max(0., (abs(y - a) - w / 2 - 1.) / speed), until(y)) for i, y, s in lanes)
         j = at + rng.uniform(-.5, .5)
         near_edge = way.path.project(on_leg(plan, leg, at, lane)[:2]) - 1.6

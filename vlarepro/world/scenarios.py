@@ -15,7 +15,7 @@ from jaxtyping import Float, Int8
 from .agents import crossing_track, looks, standing_track, strolling_track, touching, vehicle_track, without_contact
 from .expert import Passing, ego_states, quintic
 from .layouts import Layout, build_layout
-from .population import (MIXTURE, Car, Mixture, Person, Plan, cross_traffic, cruise, detour_conflicts, ego_way, fill_slots, 
+from .population import (MIXTURE, Car, Mixture, Person, Plan, cross_traffic, cruise, detour_conflicts, ego_way, fill_slots,
                                        make_companions, make_cyclists, make_lights, make_people, neighbours, obey_at_start, on_leg, oncoming_traffic, plan_ego)
 from .scene import (DT_S, EGO_SIZE_LWH, EVENT_KINDS, FORWARD, LEFT, LOCATIONS, N_STEPS, RIGHT, WORLD_VERSION, Agent, Event, Scene,
                                   box_corners, boxes_overlap)
@@ -292,7 +292,7 @@ def _passing(plan: Plan, way: Way, cars: list[Car], people: list[Person]) -> Pas
     closed += [(d.begin_s, d.end_s + EGO_FRONT_M) for d in plan.detours] + [(way.begin_s[-1] - 10, 1e9)]
     opposing = []
     for i, car in enumerate(cars):
-        for leg, (begin, end) in enumerate(plan.legs_s):
+        for leg, (_, end) in enumerate(plan.legs_s):
             for lane in layout.legs[leg].backward[:1]:
                 if lane in car.mover.way.lanes: opposing.append((i + 1, end + car.mover.way.begin_s[car.mover.way.lanes.index(lane)]))
     width = layout.legs[0].width_m

@@ -7,7 +7,7 @@ __all__ = ['TOUCH_M', 'EGO_FRONT_M', 'REACTION_S', 'Way', 'make_way', 'Meeting',
            'Walker', 'stopping_distance', 'check_lights', 'Conflict', 'Run', 'simulate']
 
 # %% ../../nbs/10_world/25_traffic.ipynb #c003
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
@@ -361,7 +361,7 @@ def _stop_gap(world: _World, car: _Body, k: int, gap: float) -> float:
         elif lamp in car.holding or v * v < 2 * 3.4 * max(room, .05):
             car.holding.add(lamp)
             stop = min(stop, room)
-    for n, at_s, t0, t1 in car.walks:
+    for n, at_s, _, t1 in car.walks:
         step = world.walk[n]
         if step is not None and -.5 < at_s - s - 1. < stop and (k - step) * DT_S < t1 and v * v < 2 * 3.8 * max(at_s - s - 1., .05): stop = at_s - s - 1.
     car.held = stop < 12 + v * v / 3
@@ -429,7 +429,8 @@ def _walkers_step(world: _World, k: int, front: float, v: float) -> None:
             ego = world.cars[0]
             rows = [(o, r[3][o.ptr]) for o, r in ego.near if o.on and r[3] is not None]
             between = any(r is not None and front < o.s + r[0] < w.s + 2 + o.m.length_m for o, r in rows)
-            others = any(o.on and any(n == i and -4 - o.m.length_m < at - o.s < max(3., o.v * .6 + o.v * o.v / 7) for n, at, _, _ in o.walks) for o in world.cars[1:])
+            near = lambda o: any(n == i and -4 - o.m.length_m < at - o.s < max(3., o.v * .6 + o.v * o.v / 7) for n, at, _, _ in o.walks)  # noqa: B023
+            others = any(o.on and near(o) for o in world.cars[1:])
             if not between and not others: world.walk[i] = k
 
 # %% ../../nbs/10_world/25_traffic.ipynb #c025

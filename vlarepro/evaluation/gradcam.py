@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 
 from ..core.seeds import torch_rng
-from ..methods.ikvla.arms import HiddenHead, Regressor
+from ..methods.ikvla.arms import FlatHead, HiddenHead, PoolHead
 from ..methods.ikvla.ik_network import IKNetwork, ik_loss
 from ..methods.ikvla.model import DrivingLLM
 from ..methods.ikvla.tasks import DriveData, current_features, ego_tensor, prompt_ids
@@ -34,7 +34,7 @@ def planning_loss(
         return model.text_loss(ids, hidden, ids.shape[1] - start)
     if isinstance(head, HiddenHead): return head.loss(head(hidden, ids == model.special["next"]), path)
     following = model.next_states(ids, hidden).float()
-    if isinstance(head, Regressor): return head.loss(head(current, following), path)
+    if isinstance(head, PoolHead | FlatHead): return head.loss(head(current, following), path)
     if not isinstance(head, IKNetwork): raise TypeError(f"no planning loss for a {type(head).__name__}: use a text, hidden, pool, flat or ik arm")
     t, noise = torch.full((len(rows), 1), len(head.schedule) // 2), torch.randn(1, 1, head.points, 2, generator=torch_rng("gradcam", seed))
     noise = noise.expand(len(rows), -1, -1, -1)

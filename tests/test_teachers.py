@@ -188,6 +188,10 @@ def test_dynamics_resumes_bit_for_bit(keys, train, tmp_path):
     teacher, _, codes = run()
     assert teacher_hash(run(resume=files)[0]) == teacher_hash(teacher)
     assert teacher_hash(run(resume=files, seed=1)[0]) == teacher_hash(run(seed=1)[0])   # a resume file of another seed is not taken
+    other = replace(keys, images=255 - keys.images)
+    fresh = train_dynamics(other, train, cfg, (Fit(**FIT), Fit(**FIT)), 0.3)[0]
+    run(resume=files, stop_at=6)
+    assert teacher_hash(train_dynamics(other, train, cfg, (Fit(**FIT), Fit(**FIT)), 0.3, resume=files)[0]) == teacher_hash(fresh)  # ... nor of another world
     rows = train[whole(keys.scene, 4, 4)[train]][:5]
     assert torch.allclose(expected_features(teacher, codes, rows), teacher.features(teacher_inputs(teacher, keys, rows)), atol=1e-4)
     assert torch.allclose(coded_features(teacher, codes, rows), came(teacher, keys, rows), atol=1e-4)

@@ -25,14 +25,14 @@ from .traffic import EGO_FRONT_M, Brake, Change, Conflict, Light, Mover, Walker,
 class Mixture:
     "How often what happens."
     light_sudden: float = .62      # the light turns red in front of the ego
-    light_release: float = .22     # it is red and turns green
+    light_release: float = .24     # it is red and turns green
     walker: float = 1.0            # somebody stands at a crosswalk ...
     walker_crosses: float = .80    # ... and steps out
     jaywalker: float = .75         # somebody stands at the kerb of a free slot, as at a crosswalk
-    obstacle: float = .36          # a slot on a leg holds an obstacle in the lane
+    obstacle: float = .42          # a slot on a leg holds an obstacle in the lane
     beside: float = .25            # ... or vehicles that stand harmlessly beside it
     leader: float = .42            # the drive begins behind somebody
-    leader_brakes: float = .76     # it brakes for a reason nobody can foresee
+    leader_brakes: float = .86     # it brakes for a reason nobody can foresee
     cut_in: float = .85            # a multi-lane leg without a leader has a cut-in
     pull_out: float = .75          # on a road with parked cars one of them pulls out
     cyclist: float = .60           # a long leg has a cyclist at the edge of the ego's lane
@@ -81,7 +81,7 @@ def plan_ego(rng: np.random.Generator, layout: Layout, mix: Mixture) -> Plan:
     "The ego's way, style and state at the start."
     base = make_way(layout.road.lanes, layout.route)
     index = [layout.route.index(i) for i in layout.leg_lanes]
-    speed, lateral = rng.uniform(.97, 1.06), rng.uniform(1.1, 1.7) if layout.crossings else rng.uniform(1.8, 2.7)
+    speed, lateral = rng.uniform(.99, 1.07), rng.uniform(1.2, 1.8) if layout.crossings else rng.uniform(1.8, 2.7)
     plan = Plan(layout, base, [(base.begin_s[i], base.begin_s[i + 1]) for i in index], speed, lateral)
     end = plan.legs_s[0][1]
     near = bool(layout.crossings) and rng.random() < .3

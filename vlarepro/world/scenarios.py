@@ -218,7 +218,7 @@ def critical_flags(
 def runs_at_somebody(
     ego: Float[np.ndarray, "t 7"], agents: list[Agent],
     inside: np.ndarray,               # (t,) bool: in a junction
-    grow_m: float = .2,
+    grow_m: float = .4,
 ) -> bool:
     "Whether the ego, going straight on for 0.3, 0.6 or 0.9 s, would touch somebody who is then ahead (in junctions: not behind)."
     me, speed = ego_agent(ego).track, ego[:, 3:4]
@@ -233,7 +233,7 @@ def runs_at_somebody(
             if ask.any() and boxes_overlap(boxes[ask], box_corners(a.track[f:][ask, :2], a.track[f:][ask, 2], *a.size_lwh[:2])).any(): return True
     return False
 
-def stays_on_pavement(ego: Float[np.ndarray, "t 7"], drivable: list[np.ndarray], grow_m: float = .3) -> bool:
+def stays_on_pavement(ego: Float[np.ndarray, "t 7"], drivable: list[np.ndarray], grow_m: float = .5) -> bool:
     "Whether the corners of the large car are on the drivable area at every second step."
     paved = shapely.union_all(shapely.buffer([shapely.Polygon(p) for p in drivable], .02))
     shapely.prepare(paved)
@@ -251,7 +251,7 @@ def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: st
     free = fill_slots(rng, plan, mix)
     way = ego_way(rng, plan)
     lights, people = make_lights(rng, plan, way, mix), make_people(rng, plan, way, free, mix)
-    slow = [(p.walker.s - EGO_FRONT_M - 14, p.walker.s - EGO_FRONT_M + 3, 10.5) for p in people]  # where people wait, whether they will cross or not
+    slow = [(p.walker.s - EGO_FRONT_M - 14, p.walker.s - EGO_FRONT_M + 3, 11.5) for p in people]  # where people wait, whether they will cross or not
     if layout.road.kind == 'work_zone': slow.append((plan.legs_s[0][1] - 6., plan.legs_s[-1][0], rng.uniform(6.4, 7.2)))
     v_ref = cruise(layout, way, plan.speed, plan.lateral_mps2, slow)
     cars = make_companions(rng, plan, way, free, mix)
@@ -277,7 +277,8 @@ def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: st
     scene = Scene(name, split, map, int(seed), layout.road, np.arange(N_STEPS) * DT_S, ego, agents, run.lamps, events, layout.route,
                   route_command(run.s[:, 0], turns), float(rng.uniform(.75, 1.1)), int(rng.integers(2 ** 31)), family_of({e.kind for e in events}, ahead),
                   way.path.xyh, v_ref)
-    if not clean or run.s[-1, 0] >= way.path.length_m - 4: return scene, False
+    stuck = any(last - first > 55 and run.v[first:last + 1, 0].min() < .3 for first, last in _spells(run.waits))  # traffic that lets nobody in
+    if not clean or stuck or run.s[-1, 0] >= way.path.length_m - 4: return scene, False
     inside = np.any([(run.s[:, 0] > begin) & (run.s[:, 0] < end + 4) for begin, end, _ in turns], 0) if turns else np.zeros(N_STEPS, bool)
     return scene, not runs_at_somebody(ego, agents, inside) and stays_on_pavement(ego, layout.road.drivable)
 

@@ -272,7 +272,10 @@ def make_recovery(
         ego, inner = redrive(r, negative.ego, negative.inner, k1, habit)
         m = measures(r, ego, inner, k1)
         calm = uncomfortable(ego[k1 + 3:min(k1 + WINDOW, N_STEPS)])  # the first steps still carry the negative's acceleration
-        if not m['touches'] and max(calm.values()) == 0. and m['aside_m'] < .3:
+        end = min(k1 + WINDOW, N_STEPS - 1)
+        m['gained_m'] = float(inner[end, 0] - negative.inner[end, 0])
+        better = m['gained_m'] > 3. or negative.kind not in ('hesitation', 'early_stop')  # who hesitated has to get on
+        if better and not m['touches'] and max(calm.values()) == 0. and m['aside_m'] < .3:
             return Drive(negative.kind, 'recovery', scene.name, k1 * DT_S, ego, inner, m)
     raise NoDrive(f'{scene.name}: no clean recovery from its {negative.kind} at {negative.t_start_s:.1f} s')
 

@@ -118,4 +118,10 @@ def test_future_command_is_an_option_by_name(world):
 def test_texts(reader):
     s = reader.sample(reader.anchors[0], images=False, texts=True)
     assert s.texts["caption"] and s.texts["coc"]["text"] and all({"question", "answer"} <= set(q) for q in s.texts["qa"])
+    every = [reader.sample(t, images=False, texts=True).texts for t in reader.anchors]
+    assert all(x["explanation"]["reasoning"] for x in every)
+    spatial, motion = ([q for x in every for q in x.get(k, ())] for k in ("spatial", "motion"))
+    assert spatial and motion and all(q["answer"] in q["options"] for q in motion)
+    pairs = [q["pair"] for q in spatial if q["pair"]]
+    assert len(pairs) == 2 * len(set(pairs)), "a pair's name belongs to two questions of the whole split"
     assert reader.sample(reader.anchors[0], images=False).texts == {}

@@ -59,6 +59,17 @@ def test_tables_and_provenance_are_there():
     assert json.loads((results / "claims.json").read_text()) == [], "smoke gives no verdicts"
 
 
+def test_the_world_was_measured():
+    "Probes, shares, leaks and pictures of the world behind the tables, on a page of their own."
+    world = COPY / "results" / "smoke" / "world"
+    tables = {p.stem: json.loads(p.read_text()) for p in (world / "tables").glob("*.json")}
+    assert {"probes", "shares", "rho", "floors", "readout", "leaks", "navsim_v1_pdms", "navsim_v2_epdms"} == set(tables)
+    card = json.loads((world / "world.json").read_text())["card"]
+    assert card["name"] == "minidrive" and len(card["hash"]) == 64
+    page = (COPY / "report" / "world.html").read_text()
+    assert card["hash"] in page and page.count("figures/world-pair-") == 6 and "figures/world-family-red_light.jpg" in page
+
+
 def test_report_is_sound_and_offline():
     from vlarepro.report.site import check_site
 

@@ -193,7 +193,7 @@ def test_one_worker_or_two_give_the_same_bytes(root, tmp_path):
     card = generate(again, SIZE, seed=0, workers=2)
     assert card == json.loads((root / VERSION / "minidrive.json").read_text())
     names = sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
-    assert names == sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] != "samples")
+    assert names == sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file() and not {"samples", "sensor_blobs"} & set(p.parts))
     for n in names: assert (again / n).read_bytes() == (root / n).read_bytes(), n
     assert not list(tmp_path.glob(".*"))
     other = generate(tmp_path / "other", WorldSize(1, 0, 0), seed=1, workers=1)
@@ -218,14 +218,23 @@ def test_verify_names_the_first_difference(root, tmp_path):
     assert verify(root, reference=root)["ok"]
 
 
-def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_run_leaves_no_world(tmp_path, monkeypatch):
+    "What is ready stays in a hidden folder, and only there; the next run goes on with it."
     import vlarepro.world.generate as g
 
     def full(*a, **k): raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(g.Archive, "add", full)
-    with pytest.raises(OSError, match="No space left"): generate(tmp_path / "w", WorldSize(1, 0, 0), workers=1)
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as m:
+        m.setattr(g, "write_zip", full)
+        with pytest.raises(OSError, match="No space left"): generate(tmp_path / "w", WorldSize(1, 0, 0), workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == [".w.parts"] and not (tmp_path / ".w.parts" / "LOCK").exists()
+    (tmp_path / ".w.parts" / "LOCK").write_text("1")                       # held by a process that is alive
+    with pytest.raises((RuntimeError, PermissionError)): generate(tmp_path / "w", WorldSize(1, 0, 0), workers=1)
+    (tmp_path / ".w.parts" / "LOCK").write_text("999999999")               # by one that is gone
+    (tmp_path / ".w.parts" / "shard-000").mkdir()
+    (tmp_path / ".w.parts" / "plan.json").write_text("{}")                 # shards of something else are not used
+    generate(tmp_path / "w", WorldSize(1, 0, 0), workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
     dead = tmp_path / ".w.killed"
     dead.mkdir()
     (dead / "GENERATING").write_text("999999999")
@@ -245,6 +254,6 @@ def test_language_and_splits(nusc, root):
     assert .3 < yes < .75
     splits = json.loads((root / VERSION / "splits.json").read_text())
     assert [len(splits[k]) for k in ("train", "dev", "val")] == [1, 1, 1]
-    with zipfile.ZipFile(root / "blobs" / "labels.zip") as z, z.open("labels/scene-2001.npz") as f:
+    with zipfile.ZipFile(root / "blobs" / "labels-000.zip") as z, z.open("labels/scene-2001.npz") as f:
         d = np.load(f)
         assert d["seg"].shape == d["depth"].shape == (41, 3, 16, 32)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['AXES', 'CAMERAS', 'HISTORY', 'FUTURE', 'GAP_S', 'REAL_VERSIONS', 'CAN_LATE_US', 'CAN_OLD_US', 'EVENT_AHEAD_S',
-           'rotations', 'relative_paths', 'TableError', 'diagnose', 'split_lists', 'split_of', 'backward_differences',
-           'latest', 'CanBus', 'box_class', 'NuScenesReader', 'future_command', 'write_toy_root']
+           'TEXT_FILES', 'QUESTION_FILES', 'rotations', 'relative_paths', 'TableError', 'diagnose', 'split_lists',
+           'split_of', 'backward_differences', 'latest', 'CanBus', 'box_class', 'NuScenesReader', 'future_command',
+           'write_toy_root']
 
 # %% ../../nbs/20_data/30_nuscenes.ipynb #c003
 import json
@@ -505,18 +506,24 @@ def scene_events(
     return out
 
 # %% ../../nbs/20_data/30_nuscenes.ipynb #c047
+TEXT_FILES = {"caption": "captions", "explanation": "explanations", "coc": "coc"}   # entry -> file: one text a keyframe
+QUESTION_FILES = ("qa", "spatial", "motion")                                        # lists of questions
+
+
 @patch
 def texts(
     self: NuScenesReader,
     token: str,     # a keyframe
-) -> dict:          # "caption" (str), "coc" (dict), "qa" (list of dicts); only what the data set has
+) -> dict:          # "caption" (str), "explanation" and "coc" (dicts), "qa", "spatial", "motion" (lists of dicts); only what the data set has
     "The texts of one keyframe."
     if not hasattr(self, "_language"):
         read = lambda n: read_json(p) if (p := self.root / "language" / f"{n}.json").is_file() else None
-        captions, coc, qa = read("captions"), read("coc"), read("qa")
-        asked = {} if qa is not None else None
-        for q in qa["questions"] if qa else (): asked.setdefault(q["sample_token"], []).append(q)
-        self._language = {k: v for k, v in (("caption", captions), ("coc", coc), ("qa", asked)) if v is not None}
+        found = {k: read(n) for k, n in TEXT_FILES.items()}
+        for name in QUESTION_FILES:
+            rows = read(name)
+            found[name] = None if rows is None else {}
+            for q in rows["questions"] if rows else (): found[name].setdefault(q["sample_token"], []).append(q)
+        self._language = {k: v for k, v in found.items() if v is not None}
     return {k: v[token] for k, v in self._language.items() if token in v}
 
 # %% ../../nbs/20_data/30_nuscenes.ipynb #c049

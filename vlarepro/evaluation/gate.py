@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'SEARCHED', 'ARM_TITLES', 'GateData', 'gate_data', 'BlindHead', 'DirectHead', 'FlatIK', 'CrossIK',
-           'CurrentIK', 'HeadFit', 'fit_head', 'plan_ade', 'converged', 'strata', 'gate_errors', 'gate_table',
-           'verdict', 'plot_gate', 'write_gate']
+           'CurrentIK', 'ImageHead', 'HeadFit', 'fit_head', 'plan_ade', 'converged', 'strata', 'gate_errors',
+           'gate_table', 'verdict', 'plot_gate', 'write_gate', 'write_errors', 'read_errors']
 
 # %% ../../nbs/80_evaluation/20_gate.ipynb #c003
 import multiprocessing
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..core.paths import write_json
+from ..core.paths import atomic_write, write_json
 from ..core.progress import progress
 from ..core.seeds import rng, torch_rng
 from ..data.planner import arc_path
@@ -150,7 +150,19 @@ class CurrentIK(FlatIK):
     def forward(self, ego, states): return super().forward(ego, states[:, :1].expand(-1, self.n_states, -1, -1))
 
 
-HEADS = dict(blind=BlindHead, direct=DirectHead, oracle_flat=FlatIK, oracle_cross=CrossIK, current_only=CurrentIK)
+class ImageHead(nn.Module):
+    "Present tokens -> path. No ego status, no command: what a camera alone tells."
+    reads_ego, n_states = False, 1
+
+    def __init__(self, e, n, d, fit):
+        super().__init__()
+        w = fit.width // 2
+        self.see, self.out = _Flat(n, d, fit.token_code, w, fit.dropout), nn.Sequential(nn.Linear(w, w), nn.GELU(), nn.Dropout(fit.dropout), nn.Linear(w, 12))
+
+    def forward(self, ego, states): return self.out(self.see(states[:, 0]))
+
+
+HEADS = dict(blind=BlindHead, direct=DirectHead, image=ImageHead, oracle_flat=FlatIK, oracle_cross=CrossIK, current_only=CurrentIK)
 
 # %% ../../nbs/80_evaluation/20_gate.ipynb #c011
 @dataclass(frozen=True)
@@ -187,7 +199,7 @@ def fit_head(
 ):                                  # a function rows -> (b, t, 2) paths [m]
     "Train one head and return its planner."
     if arm not in HEADS: raise KeyError(f"gate: unknown arm {arm!r}, known: {', '.join(HEADS)}")
-    if not HEADS[arm].reads_ego: fit = replace(fit, steps=fit.ik_steps, batch=fit.ik_batch, lr=fit.ik_lr)
+    if HEADS[arm].n_states > 1: fit = replace(fit, steps=fit.ik_steps, batch=fit.ik_batch, lr=fit.ik_lr)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng("gate-init", arm, seed).integers(1 << 62)))
         head = HEADS[arm](data.ego.shape[1], *data.states.shape[1:], fit)
@@ -265,7 +277,7 @@ def _one(arm, seed, fit, split, search, data=None):
     if search: plan, lengths = converged(arm, data, fit, seed)
     else:
         plan = fit_head(arm, data, data.rows("train"), fit, seed)
-        lengths = [dict(steps=fit.steps if HEADS[arm].reads_ego else fit.ik_steps, dev_ade=float(plan_ade(plan, data, data.rows("dev")).mean()))]
+        lengths = [dict(steps=fit.ik_steps if HEADS[arm].n_states > 1 else fit.steps, dev_ade=float(plan_ade(plan, data, data.rows("dev")).mean()))]
     return plan_ade(plan, data, data.rows(split)), [dict(arm=arm, seed=seed, **x) for x in lengths]
 
 
@@ -325,7 +337,7 @@ def verdict(
     return v | dict(open=all(v.values()))
 
 # %% ../../nbs/80_evaluation/20_gate.ipynb #c022
-ARM_TITLES = dict(blind="blind, converged", direct="sighted, direct head", oracle_flat="true next states, flat IK", oracle_cross="true next states, cross-attention IK", current_only="IK, present state only")
+ARM_TITLES = dict(blind="blind, converged", direct="sighted, direct head", image="present image alone", oracle_flat="true next states, flat IK", oracle_cross="true next states, cross-attention IK", current_only="IK, present state only")
 
 
 def plot_gate(
@@ -359,3 +371,25 @@ def write_gate(
     out = tidy(dict(verdict=verdict(table), table=table, training=log, info=info))
     write_json(path, out)
     return out
+
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c024
+def write_errors(
+    path: str | Path,   # gate.npz
+    errors: dict,       # from `gate_errors`
+    scene: Int[np.ndarray, " m"],   # scene of each sample of that split, so that a reader can tell that it has the same samples
+    split: str,
+):
+    "Keep the error of every sample, arm and seed."
+    with atomic_write(path) as f: np.savez(f, **{f"ade_{a}": e.astype(np.float32) for a, e in errors.items()}, scene=scene, split=np.array(split))
+
+
+def read_errors(
+    path: str | Path,
+    scene: Int[np.ndarray, " m"],   # as given to `write_errors`
+    split: str,
+) -> dict:                          # {arm: (seeds, m) ADE [m]}
+    "The errors that a gate left, if they are of these samples."
+    with np.load(path, allow_pickle=False) as z: kept = {k: z[k] for k in z.files}
+    if str(kept["split"]) != split or not np.array_equal(kept["scene"], scene):
+        raise ValueError(f"{path}: errors of {len(kept['scene'])} samples of split {str(kept['split'])!r}, expected {len(scene)} of {split!r}: run the gate of this world again")
+    return {k.removeprefix("ade_"): v.astype(np.float64) for k, v in kept.items() if k.startswith("ade_")}

@@ -10,10 +10,12 @@ from ..core.lazy import lazy_api
 
 __getattr__, __dir__ = lazy_api("vlarepro.report", {
     "build_site": "site",
+    "card_rows": "world",
     "check_site": "site",
     "claim_strip": "figures",
     "examine": "doctor",
     "find_table": "reference",
+    "gallery_pictures": "world",
     "list_claims": "claims",
     "list_tables": "tables",
     "load_claims": "reference",

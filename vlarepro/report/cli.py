@@ -23,7 +23,7 @@ def _table(title: str, columns: list, rows: list):
     from rich.table import Table
     t = Table(title=title, title_justify="left", header_style="bold", show_lines=False)
     for c in columns: t.add_column(c, overflow="fold")
-    for r in rows: t.add_row(*(f"[{_COLOR[x]}]{escape(x)}[/]" if x in _COLOR else escape("–" if x is None else str(x)) for x in r))
+    for r in rows: t.add_row(*(f"[{_COLOR[x]}]{escape(x)}[/]" if isinstance(x, str) and x in _COLOR else escape("–" if x is None else str(x)) for x in r))
     Console(width=None if sys.stdout.isatty() else 160).print(t)
 
 
@@ -59,20 +59,67 @@ def _world_root(given: "str | None") -> Path:
     return root() / profile_params(load_params()["active"][0])["data"]["root"]
 
 
+def _make_world(a) -> int:
+    "Make a world, or go on making it."
+    import os
+
+    from vlarepro.core.params import profile_params
+    from vlarepro.core.paths import root
+    from vlarepro.world.generate import Unfinished, generate
+    world = profile_params(a.profile)["world"]
+    where = Path(a.dir) if a.dir else root() / "build" / a.profile
+    try: card = generate(where, dict(world["scenes"]), world["seed"] if a.seed is None else a.seed, a.workers or os.cpu_count(), tuple(world["image_size"]), a.minutes)
+    except Unfinished as e:
+        if a.json: _json({"finished": False, "state": str(e)})
+        else: print(f"{where}: {e}")
+        return 3
+    if a.json: return _json({"finished": True, "root": str(where), "hash": card["hash"]})
+    print(f"{where}: {card['counts']['scene']} scenes, hash {card['hash']}")
+    return 0
+
+
+def _check_world(where: Path, against: "str | None") -> dict:
+    "Hash, both formats, every split: what `world check` says."
+    from vlarepro.data.navsim import split_reader
+    from vlarepro.data.nuscenes import NuScenesReader, diagnose
+    from vlarepro.world.generate import VERSION, verify
+    d = verify(where, against)
+    diagnose(where, VERSION)
+    reader = NuScenesReader(where, VERSION)
+    d["nuscenes"] = {"scenes": len(reader.scenes), "keyframes": len(reader.tokens), "first image": list(reader.sample(reader.tokens[0]).images.shape)}
+    for p in sorted((where / "navsim" / "train_test_split").glob("*.yaml")):
+        r = split_reader(where / "navsim", p.stem, n_frames=4)
+        d[p.stem] = {"windows": len(r), "first images": list(r.sample(r.tokens[0]).images.shape), "last valid": bool(r.sample(r.tokens[-1]).image_valid.all())}
+    return d
+
+
 def _world(a) -> int:
+    if a.action == "make": return _make_world(a)
+    if a.gallery:
+        from vlarepro.world.gallery import write_gallery
+        pages = write_gallery(a.gallery, a.seed or 0)
+        return _json(pages) if a.json else print(f"{len(pages)} pictures in {a.gallery}") or 0
     where = _world_root(a.dir)
-    if a.action == "verify":
+    if a.action in ("verify", "check"):
         from vlarepro.world.generate import verify
-        d = verify(where, a.against)
+        d = _check_world(where, a.against) if a.action == "check" else verify(where, a.against)
         if a.json: _json(d)
-        elif d["ok"]: print(f"{where}: as it should be, hash {d['hash']}")
+        elif d["ok"]:
+            print(f"{where}: as it should be, hash {d['hash']}")
+            for k in d.keys() - {"ok", "hash", "first", "differs", "made_on", "here"}: print(f"  {k}: {d[k]}")
         else: print(f"{where}: {len(d['differs'])} files differ, the first is {d['first']}; made on {d['made_on']}, here {d['here']}", file=sys.stderr)
         return 0 if d["ok"] else 1
-    from vlarepro.world.unpack import summary, unpack
+    from vlarepro.world.unpack import draw, summary, unpack
     if a.action == "unpack":
         n = unpack(where, a.out)
         return _json({"files_written": n}) if a.json else print(f"{n} files written under {a.out or where}") or 0
     d = summary(where)
+    if a.action == "show":
+        if a.scene:
+            out = Path(a.out or f"{a.scene}.png")
+            draw(where, a.scene).savefig(out, dpi=110)
+            return _json({"picture": str(out)}) if a.json else print(out) or 0
+        if not a.json: print((where / "README.md").read_text(encoding="utf-8"))
     return _json(d) if a.json else _table(f"minidrive at {where}", ["what", "value"], _flat(d)) or 0
 
 # %% ../../nbs/90_report/90_cli.ipynb #c008
@@ -174,11 +221,17 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(run=run)
         return p
     add("doctor", _doctor, "examine the environment: versions, devices, optional parts, data")
-    p = add("world", _world, "look at a minidrive world: summary, verify its hash, unpack its images")
-    p.add_argument("action", nargs="?", choices=("summary", "verify", "unpack"), default="summary")
-    p.add_argument("dir", nargs="?", help="the data set; default: that of the active profile")
-    p.add_argument("--against", help="verify: another world to compare with")
-    p.add_argument("--out", help="unpack: where samples/ is made; default: inside the data set")
+    p = add("world", _world, "make a minidrive world, show it, check it, unpack it for the devkits")
+    p.add_argument("action", nargs="?", choices=("make", "show", "check", "summary", "verify", "unpack"), default="summary")
+    p.add_argument("dir", nargs="?", help="the data set; default: that of the active profile, for make build/<profile>")
+    p.add_argument("--profile", default="laptop", help="make: whose sizes, in params.yaml; default: laptop")
+    p.add_argument("--seed", type=int, help="make: of the world; default: that of the profile")
+    p.add_argument("--workers", type=int, help="make: processes; default: one a core; the result is the same for any number")
+    p.add_argument("--minutes", type=float, help="make: stop after the shard in which this time is over (exit code 3); the same command goes on")
+    p.add_argument("--scene", help="show: draw this scene, to --out or <scene>.png")
+    p.add_argument("--gallery", help="show: draw road kinds, families, negative drives and recoveries into this folder; needs no data set")
+    p.add_argument("--against", help="check, verify: another world to compare with")
+    p.add_argument("--out", help="unpack: where samples/ and navsim/ are made, default inside the data set; show: the picture")
     p = add("oracle", _oracle, "compare our scorers with recorded outputs of the originals")
     p.add_argument("what", choices=("openloop", "navsim"), help="which scorer: nuScenes open-loop protocols, or NAVSIM's PDMS and EPDMS")
     p.add_argument("dir", help="a folder of cases with the originals' results")
@@ -197,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(
     argv: "list | None" = None,  # arguments; default: those of the process
-) -> int:                        # 0 well, 1 the answer is no, 2 the question was wrong
+) -> int:                        # 0 well, 1 the answer is no, 2 the question was wrong, 3 not finished yet
     "The console command."
     try: a = parser().parse_args(argv)
     except SystemExit as e: return int(e.code or 0)

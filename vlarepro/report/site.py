@@ -15,12 +15,13 @@ from urllib.parse import unquote, urlsplit
 
 import jinja2
 
-from ..core.paths import atomic_dir, root
+from ..core.paths import atomic_dir, read_json, root
 from ..core.progress import progress
 from .reference import ARXIV, PAPER_NAMES, PAPERS, load_claims, load_tables, slug
 from .tables import PROFILES, list_tables, load_results, made_by, merge, stale, status
 from .claims import NOT_RUN, VERDICTS, claim_entries, count_verdicts, list_claims
 from .figures import SIGNS, bars_alt, claim_alt, claim_strip, headline, num, overview, overview_alt, svg, table_bars
+from .world import card_rows, gallery_pictures
 
 # %% ../../nbs/90_report/50_site.ipynb #c006
 _CSS_BASE = """
@@ -74,9 +75,11 @@ a.card:hover{border-color:var(--accent)}.card b{font-weight:620}.card .big{font-
 .claim.off .say{color:var(--soft)}
 details{margin:.25rem 0}summary{cursor:pointer;color:var(--soft);font-size:.86rem}
 .toc{columns:2 22rem;padding:0;list-style:none;font-size:.92rem}.toc li{break-inside:avoid;padding:.14rem 0}
-.nbs{columns:3 16rem;padding-left:1.1rem;font-size:.9rem}.nbs li{break-inside:avoid}
+.datacard{display:grid;grid-template-columns:9.5rem minmax(0,1fr);gap:.35rem 1rem;font-size:.92rem}.datacard dt{color:var(--soft)}.datacard dd{margin:0;max-width:84ch;overflow-wrap:anywhere}
+.checks{list-style:none;padding:0;font-size:.92rem}.checks li{padding:.18rem 0}.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,34rem),1fr));gap:1rem}
+.gallery figure{margin:0}.nbs{columns:3 16rem;padding-left:1.1rem;font-size:.9rem}.nbs li{break-inside:avoid}
 figure{margin:1rem 0}figure.panel img{width:100%;max-width:54rem}figcaption{font-size:.86rem;color:var(--soft);max-width:74ch}
-@media(max-width:760px){main,.bar>div,footer{padding-left:1rem;padding-right:1rem}.claim{grid-template-columns:1fr}
+@media(max-width:760px){.datacard{grid-template-columns:1fr}.datacard dd{margin-bottom:.4rem}main,.bar>div,footer{padding-left:1rem;padding-right:1rem}.claim{grid-template-columns:1fr}
 .claim>header{display:flex;gap:.7rem;align-items:baseline}h2{margin-top:2.3rem}.hide-s{display:none}
 .tab figure{overflow-x:auto}.tab figure img{max-width:none;width:36rem}tbody th:first-child,thead tr:first-child th:first-child{min-width:8rem;max-width:9.5rem}}
 """
@@ -174,6 +177,16 @@ _PAPER = """{% extends 'page' %}{% block title %}{{ title }}{% endblock %}{% blo
 {% if pictures %}<h2 id="pictures">Pictures</h2>{% for f in pictures %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}" loading="lazy"><figcaption>{{ m.prof(f.profile) }} {{ f.caption }}</figcaption></figure>{% endfor %}{% endif %}
 {% if notebooks %}<h2 id="notebooks">Executed notebooks</h2><ul class="nbs">{% for href, text in notebooks %}<li><a href="{{ href }}">{{ text }}</a></li>{% endfor %}</ul>{% endif %}{% endblock %}
 """
+_WORLD = """{% extends 'page' %}{% block title %}The world{% endblock %}{% block main %}
+<h1>minidrive, the embedded world</h1><p class="lead">Every number of this report that comes from a trained model comes from here: what it is, what it is not, how hard it is, and what it looks like.</p>
+{% if provenance %}{{ pr.provenance(provenance) }}{% endif %}
+{% for w in worlds %}<h2 id="card-{{ w.profile }}">Data card {{ m.prof(w.profile) }}</h2>{% if w.card %}<dl class="datacard">{% for k, v in w.card %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>{% else %}<p class="panel">These data carry no card: they are not minidrive.</p>{% endif %}
+<h3>Is it what it has to be?</h3>{% if w.profile == 'smoke' %}<p class="small">A pipeline test: a few steps of training say nothing.</p>{% endif %}<ul class="checks">{% for text, answer, look in w.verdicts %}<li><span class="badge b-{{ look|slug }}">{{ answer }}</span> {{ text }}</li>{% endfor %}</ul>
+{% else %}<p class="panel">Not measured yet: run <code>dvc repro tables-world</code>.</p>{% endfor %}
+{% if tables %}<h2 id="tables">How hard it is</h2>{% for t in tables %}{{ tb.table(t) }}{% endfor %}{% endif %}
+{% for group, items in gallery %}<h2 id="{{ group|slug }}">{{ group }}</h2><div class="gallery">{% for f in items %}<figure class="panel"><img src="{{ f.src }}" alt="{{ f.alt }}" loading="lazy"><figcaption><b>{{ f.title|capfirst }}</b> {{ f.caption }}</figcaption></figure>{% endfor %}</div>{% endfor %}
+{% if not gallery %}<p class="panel">No pictures: they lie in <code>runs/</code>, which <code>dvc repro tables-world</code> fills.</p>{% endif %}{% endblock %}
+"""
 _NOTEBOOK = """{% extends 'page' %}{% block title %}{{ title }}{% endblock %}{% block main %}<div class="nb">{{ body }}</div>{% endblock %}"""
 
 # %% ../../nbs/90_report/50_site.ipynb #c015
@@ -203,7 +216,7 @@ def cell_text(
 
 def environment() -> jinja2.Environment:
     "Templates with their filters; undefined names are errors."
-    env = jinja2.Environment(loader=jinja2.DictLoader({"page": _PAGE, "index": _INDEX, "paper": _PAPER, "notebook": _NOTEBOOK}),
+    env = jinja2.Environment(loader=jinja2.DictLoader({"page": _PAGE, "index": _INDEX, "paper": _PAPER, "world": _WORLD, "notebook": _NOTEBOOK}),
                              autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     env.filters.update(num=num, cell=cell_text, slug=slug, seeds=_seeds, capfirst=lambda s: s[:1].upper() + s[1:])
     env.globals.update(signs=SIGNS, not_run=NOT_RUN, verdicts=VERDICTS, meaning=_MEANING)
@@ -345,7 +358,7 @@ class _Site:
         self.entries, self.list = claim_entries(results, claims), list_tables(results, tables)
         self.real = {paper: r for (p, paper), r in results.items() if p == "real"}
         self.nav = [(f"{p}.html", PAPER_NAMES[p].replace("Reasoning-aware speculative", "Speculative")) for p in PAPERS]
-        self.nav += [("real.html", "Real samples")] * bool(self.real) + [("baselines.html", "Baselines")]
+        self.nav += [("world.html", "The world")] + [("real.html", "Real samples")] * bool(self.real) + [("baselines.html", "Baselines")]
         (out / "figures").mkdir(parents=True)
 
     def page(self, template: str, name: str, **data):
@@ -365,7 +378,7 @@ class _Site:
             p = self.results[prof, paper]["provenance"]
             stages = p.get("stages", {})
             codes = sorted({s["code"] for s in stages.values() if s.get("code")}) or [p.get("code") or "–"]
-            rows.append({"paper": PAPER_NAMES.get(paper, paper), "profile": prof, "device": p.get("device", "–"), "seeds": p.get("seeds"), "date": p.get("date", "–"),
+            rows.append({"paper": PAPER_NAMES.get(paper, {"world": "minidrive"}.get(paper, paper)), "profile": prof, "device": p.get("device", "–"), "seeds": p.get("seeds"), "date": p.get("date", "–"),
                          "code": codes[0] if len(codes) == 1 else f"{len(codes)} stages, {codes[0]} …", "stale": self.stale[prof, paper],
                          "minutes": num(round(sum(s.get("minutes", 0) for s in stages.values()), 1)) if stages else "–"})
         return rows
@@ -448,6 +461,28 @@ def _other_pages(s: _Site):
            lead="Small real samples, read by the same readers and planned by models trained elsewhere. It tests the path, not skill, and gives no verdicts.")
 
 
+_WORLD_TABLES = ("probes", "shares", "rho", "floors", "readout", "leaks", "navsim_v1_pdms", "navsim_v2_epdms")
+
+
+def _world_page(s: _Site, runs: Path):
+    "Write the page of the embedded world; pictures come from the largest profile that has them."
+    res = {prof: r for (prof, p), r in s.results.items() if p == "world"}
+    worlds = [{"profile": p, **{k: w[k] for k in ("verdicts",)}, "card": card_rows(w)} for p, r in res.items() for w in [read_json(r["folder"] / "world.json")]]
+    prov, old = {p: r["provenance"] for p, r in res.items()}, {p: s.stale[p, "world"] for p in res}
+    ids = sorted({i for r in res.values() for i in r["tables"]}, key=lambda i: (_WORLD_TABLES.index(i) if i in _WORLD_TABLES else 99, i))
+    views = []
+    for i in ids:
+        by = {p: r["tables"][i] for p, r in res.items() if i in r["tables"]}
+        v = table_view(own_table(by[max(by, key=PROFILES.index)]), by, prov, old)
+        views.append({**v, "label": {"probes": "Four probes", "navsim_v1_pdms": "NAVSIM v1", "navsim_v2_epdms": "NAVSIM v2"}.get(i, i.capitalize()), "status": None, "any_made": False})
+    shown = {}
+    for p in [p for p in PROFILES if (runs / p / "gallery" / "gallery.json").is_file()][-1:]:
+        for f in gallery_pictures(runs / p / "gallery"):
+            shutil.copyfile(runs / p / "gallery" / f["file"], s.out / "figures" / f"world-{f['file']}")
+            shown.setdefault(f["group"], []).append({**f, "src": f"figures/world-{f['file']}"})
+    s.page("world", "world.html", worlds=worlds, tables=views, gallery=list(shown.items()), provenance=s.provenance([(p, "world") for p in res]))
+
+
 def build_site(
     out: "str | Path | None" = None,      # default: report/ of the repository
     results: "str | Path | None" = None,  # default: results/
@@ -465,6 +500,7 @@ def build_site(
         books = [(h, t) for h, t in books if "/runs-" not in h]
         for p in PAPERS: _paper_page(s, p, [(h, f"{t}, {prof}") for prof, items in ran for h, t in items if p in h])
         _other_pages(s)
+        _world_page(s, runs)
         _index_page(s, [(f"executed, {p}", items) for p, items in ran] + [("the library", books)])
         problems = check_site(tmp)
         if problems: raise ValueError(f"the built site has {len(problems)} problems, first: {problems[0]}")

@@ -16,7 +16,7 @@ __getattr__, __dir__ = lazy_api("vlarepro.world", {
     "plan_scenes": "generate",
     "render_scene": "raster",
     "Scene": "scene",
-    "scene_language": "language",
+    "scene_language": "texts",
     "stitch_sprite": "raster",
     "summary": "unpack",
     "unpack": "unpack",

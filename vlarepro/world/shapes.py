@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['N_VERTICES', 'ALWAYS', 'FAR_M', 'WALL_BIAS_M', 'Number', 'Parts', 'box_faces', 'inset', 'disc', 'upright', 'car',
            'truck', 'pedestrian', 'bicycle_frame', 'rider', 'cone', 'barrier', 'lamp_diameter_m', 'signal_head',
-           'signal_mast', 'building', 'plant', 'pole', 'Shapes', 'shapes_table', 'scene_shapes']
+           'signal_mast', 'building', 'plant', 'pole', 'machine', 'sign_plate', 'traffic_sign', 'kerb', 'Shapes',
+           'shapes_table', 'scene_shapes']
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c002
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c003
 from ..core.seeds import rng
-from .ground import CLASS_ID, CLASSES, demo_scene
-from .scene import GREEN, RED, YELLOW, Scene
+from .ground import CLASS_ID, CLASSES, KERB_RGB, demo_scene
+from .scene import GREEN, RED, SIGN_KINDS, YELLOW, Scene
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c006
 N_VERTICES = 6        # polygons hold up to six vertices, the last one repeated
@@ -272,7 +273,63 @@ def pole(p: Parts, index: int, prop) -> None:
     p.face(upright(-.13, .13, 0, h), (112, 112, 116))
     p.face(upright(-.1, 1.1, h - .2, h), (112, 112, 116))
 
-# %% ../../nbs/10_world/54_shapes.ipynb #c021
+# %% ../../nbs/10_world/54_shapes.ipynb #c020
+def machine(p: Parts, size, rgb) -> None:
+    "An excavator: tracks, turning body with a cab, a boom that ends in a shovel."
+    l, w, h = size
+    _shadow(p, l, w)
+    for f in box_faces((-.42 * l, .22 * l, -w / 2, w / 2), 0, .26 * h).values(): p.face(f, (52, 52, 54))
+    for f in box_faces((-l / 2, .12 * l, -.46 * w, .46 * w), .26 * h, .62 * h).values(): p.face(f, rgb)
+    for name, f in box_faces((-.16 * l, .12 * l, 0., .46 * w), .62 * h, h).items():
+        p.face(f, rgb)
+        if name != 'top': p.detail(inset(f, .1, .9, .2, .85), _GLASS, reach_m=60.)
+    for a, b, t in (((.1, .5), (.3, .98), .1), ((.3, .98), (.5, .3), .08), ((.44, .1), (.5, .34), .2)):  # boom, arm, shovel: x / length, z / height
+        (x0, z0), (x1, z1) = (a[0] * l, a[1] * h), (b[0] * l, b[1] * h)
+        p.face(np.array([[x0, -.15 * w, z0 - t * h], [x1, -.15 * w, z1 - t * h], [x1, -.15 * w, z1], [x0, -.15 * w, z0]]), rgb, two_sided=True)
+
+# %% ../../nbs/10_world/54_shapes.ipynb #c022
+_BACK, _BLACK, _WHITE = (138, 140, 144), (26, 26, 28), (240, 240, 236)
+
+def _diamond(r: Number, z: Number, x: Number = 0.) -> np.ndarray: return np.array([[x, -r, z], [x, 0, z - r], [x, r, z], [x, 0, z + r]])
+def _triangle(r: Number, z: Number, x: Number = 0., up: int = -1) -> np.ndarray:
+    return np.array([[x, -r, z - up * .58 * r], [x, r, z - up * .58 * r], [x, 0, z + up * 1.16 * r]])[::up]
+
+def sign_plate(kind: str, w: Number, z: Number, rgb) -> list[tuple[np.ndarray, tuple]]:
+    "Outline of a sign and what is painted on it: (polygon, colour), facing +x."
+    r, x = w / 2, .02
+    if kind == 'sign_stop': return [(disc((0, 0, z), r), (196, 28, 32)), (upright(-.7 * r, .7 * r, z - .2 * r, z + .2 * r) + [x, 0, 0], _WHITE)]
+    if kind == 'sign_yield': return [(_triangle(r, z), (206, 32, 36)), (_triangle(.55 * r, z, x), _WHITE)]
+    if kind == 'sign_roundabout': return [(disc((0, 0, z), r), (24, 78, 180)), (disc((x, 0, z), .62 * r), _WHITE), (disc((2 * x, 0, z), .36 * r), (24, 78, 180))]
+    if kind == 'sign_limit': return [(disc((0, 0, z), r), (206, 32, 36)), (disc((x, 0, z), .74 * r), _WHITE), (upright(-.4 * r, .4 * r, z - .3 * r, z + .3 * r) + [2 * x, 0, 0], _BLACK)]
+    if kind == 'sign_chevron':
+        half = lambda y, up: np.array([[x, y, z], [x, y - .25, z + .45 * up], [x, y, z + .45 * up], [x, y + .25, z]])[::-up]
+        return [(upright(-r, r, z - .55, z + .55), _BLACK), *((half(y, up), _WHITE) for y in (-.4, .35) for up in (1, -1))]
+    mark = {'sign_merge': (-.1, .3), 'sign_lane_ends': (-.35, .05), 'sign_works': (-.3, .3)}[kind]
+    return [(_diamond(r * 1.2, z), tuple(rgb)), (upright(mark[0] * r, mark[1] * r, z - .5 * r, z + .5 * r, .4) + [x, 0, 0], _BLACK)]
+
+def traffic_sign(p: Parts, index: int, prop) -> None:
+    "A plate on a post, grey from behind."
+    _, w, h = (float(x) for x in prop.size_lwh)
+    z = h - (.55 if prop.kind == 'sign_chevron' else .6 * w)
+    p.open('prop', index, prop.xyz, prop.yaw_rad, 'pole')
+    p.face(upright(-.06, .06, 0, z) - [.05, 0, 0], (118, 120, 124), two_sided=True)
+    (plate, rgb), *painted = sign_plate(prop.kind, w, z, [min(255, int(c)) for c in prop.color])
+    p.face(plate, rgb); p.face(plate[::-1], _BACK)
+    for polygon, colour in painted: p.detail(polygon, colour, reach_m=45.)
+
+def kerb(p: Parts, index: int, polygon: np.ndarray, height_m: Number = .18) -> None:
+    "The sides of a raised island in pieces of about 2 m."
+    ring = np.asarray(polygon, float)
+    if (ring[:, 0] * np.roll(ring[:, 1], -1) - np.roll(ring[:, 0], -1) * ring[:, 1]).sum() < 0: ring = ring[::-1]
+    s = np.r_[0, np.cumsum(np.hypot(*np.diff(np.r_[ring, ring[:1]], axis=0).T))]
+    n = max(3, round(s[-1] / 2))
+    at = np.stack([np.interp(np.linspace(0, s[-1], n + 1), s, np.r_[ring[:, i], ring[0, i]]) for i in (0, 1)], -1)
+    for a, b in zip(at[:-1], at[1:]):
+        m = (a + b) / 2
+        p.open('island', index, (*m, 0.), 0., 'offroad')
+        p.face(np.array([[*(a - m), 0], [*(b - m), 0], [*(b - m), height_m], [*(a - m), height_m]]), KERB_RGB, reach_m=45.)
+
+# %% ../../nbs/10_world/54_shapes.ipynb #c025
 @dataclass(frozen=True)
 class Shapes:
     "All polygons of a scene and the items that they belong to."
@@ -294,7 +351,7 @@ class Shapes:
     signal: Int[np.ndarray, " i"]         # position in road.signals, for heads only, or -1
     radius: Float[np.ndarray, " i"]       # on the ground, around the item's position [m]
 
-_VEHICLES = {'car': car, 'truck': truck, 'bus': truck, 'trailer': truck, 'construction': truck, 'emergency': truck}
+_VEHICLES = {'car': car, 'truck': truck, 'bus': truck, 'trailer': truck, 'construction': machine, 'emergency': truck}
 
 def _agent(p: Parts, k: int, agent) -> None:
     c, at = agent.category, (*agent.track[0, :2], 0.)
@@ -311,7 +368,7 @@ def _agent(p: Parts, k: int, agent) -> None:
     elif c == 'movable_object.barrier': put('obstacle'); barrier(p, agent.size_lwh, rgb)
     else: raise ValueError(f"agent {agent.id}: no shape for the category {c!r}; expected a nuScenes vehicle, human, movable_object.trafficcone or movable_object.barrier")
 
-# %% ../../nbs/10_world/54_shapes.ipynb #c022
+# %% ../../nbs/10_world/54_shapes.ipynb #c026
 def shapes_table(p: Parts) -> Shapes:
     "Parts as arrays."
     items = p.items
@@ -332,8 +389,10 @@ def scene_shapes(
     "Collect the polygons of a scene."
     p = Parts()
     for i, prop in enumerate(scene.road.props):
-        if prop.kind not in ('building', 'tree', 'bush', 'pole'): raise ValueError(f"expected a prop of kind building, tree, bush or pole, got {prop.kind!r}")
-        {'building': building, 'pole': pole}.get(prop.kind, plant)(p, i, prop)
+        if prop.kind in SIGN_KINDS: traffic_sign(p, i, prop)
+        elif prop.kind not in ('building', 'tree', 'bush', 'pole'): raise ValueError(f"expected a prop of kind building, tree, bush, pole or one of SIGN_KINDS, got {prop.kind!r}")
+        else: {'building': building, 'pole': pole}.get(prop.kind, plant)(p, i, prop)
+    for i, polygon in enumerate(scene.road.islands): kerb(p, i, polygon)
     for i, s in enumerate(scene.road.signals):
         x, y, z = s.xyz
         right = np.array([-np.sin(s.heading_rad), np.cos(s.heading_rad)])

@@ -85,7 +85,7 @@ def scene_map(
     members, areas = {}, []
     for i, l in road.lanes.items():
         if not l.in_intersection: members.setdefault(group(i), []).append(l.polygon)
-    islands = getattr(road, "islands", [])
+    islands = road.islands
     for name, rings in members.items(): areas += [MapArea(name, r, ROADBLOCK) for r in without(_outline(rings), islands)]
     for i, ring in enumerate(road.intersections): areas += [MapArea(f"intersection-{i}", r, INTERSECTION) for r in without([ring], islands)]
     paved = [p for p in road.drivable if not any(p is x or np.array_equal(p, x) for x in road.intersections)]

@@ -27,7 +27,7 @@ from vlarepro.models.visual_encoder import EncoderConfig, VisualEncoder, drop_vi
 
 CFG = EncoderConfig((32, 64), 3, (8, 8, 8, 16, 16), (1, 2), 8, 16)
 FIT = EncoderFit(steps=10, batch=8, lr=3e-3, weight_decay=0.01, warmup=2, p_front_only=0.2, p_each_view=0.1,
-                 p_mirror=0.5, w_seg=1.0, w_depth=1.0, w_motion=1.0, mask_block=8, mask_share=0.5, save_every=4)
+                 p_mirror=0.5, w_seg=1.0, w_depth=1.0, w_motion=1.0, w_agents=1.0, light=0.1, mask_block=8, mask_share=0.5, save_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +215,52 @@ def test_mirror_turns_everything_round(world):
     a, b = mirrored(world, np.array([3, 9]), False), mirrored(world, np.array([3, 9]), True)
     assert (b[0][:, :, 0] == a[0][:, :, 2].flip(3)).all() and (b[2][:, 2] == a[2][:, 0].flip(2)).all()
     assert torch.allclose(b[4], a[4] * torch.tensor([1.0, -1, -1, 1, -1]))
+
+
+def test_two_processes_give_what_one_gives(world, rows, tmp_path):
+    "Each objective has one thread, whether in this process or in its own; kept sweeps are those that are computed on the way."
+    from dataclasses import replace
+
+    from vlarepro.models.features import fit_encoders, keyframe_sweeps
+    kept = replace(world, sweep=keyframe_sweeps(world, batch=7))
+    assert np.allclose(kept.sweeps(np.arange(3)), VisualEncoder(CFG).sweep(world.pairs(np.arange(3))), atol=2e-3)
+    found = [fit_encoders(kept, rows, CFG, FIT, ("multitask", "selfsup"), 4, tmp_path / str(w), tmp_path / "s", dict(source="test"), workers=w) for w in (1, 2)]
+    assert found[0] == found[1] and set(found[0][1]) == {"multitask", "selfsup"}
+    assert (load_features(tmp_path / "1" / "selfsup") == load_features(tmp_path / "2" / "selfsup")).all() and not list((tmp_path / "s").iterdir())
+
+
+def test_agents_are_a_label_like_the_others(world, rows):
+    "With boxes the supervised objective has four more losses; they change the tokens, and the self-supervised objective does not see them."
+    from dataclasses import replace
+
+    from vlarepro.models.agent_facts import Boxes, agent_facts
+    g, n = rng("boxes"), len(world)
+    boxes = Boxes(np.repeat(np.arange(n), 3), g.uniform(-10, 30, (3 * n, 2)), g.uniform(-3, 3, 3 * n), np.full((3 * n, 2), 2.0), np.tile(np.arange(3), n), np.tile(np.arange(3), n))
+    facts = agent_facts(boxes, np.zeros((n, 3)), np.full(n, 5.0), np.zeros(n), world.seg, world.depth, (1,), (2,), columns=2)
+    assert facts.R.shape == (40, 24, 3) and np.isfinite(facts.R).any() and np.isfinite(facts.L).any()
+    seen = replace(world, agents=facts)
+    a, heads, history = train_encoder(seen, rows, CFG, FIT, "multitask", 4)
+    assert {"seen", "range", "moves", "corridor"} < set(history[-1]) and all(np.isfinite(v) for v in history[-1].values())
+    assert encoder_hash(a) != encoder_hash(train_encoder(world, rows, CFG, FIT, "multitask", 4)[0])
+    assert encoder_hash(train_encoder(seen, rows, CFG, FIT, "selfsup", 4)[0]) == encoder_hash(train_encoder(world, rows, CFG, FIT, "selfsup", 4)[0])
+    with pytest.raises(ValueError, match="agents: expected 40 rows"): replace(world, agents=agent_facts(boxes, np.zeros((120, 3)), np.zeros(120), np.zeros(120), np.zeros((120, 3, 8, 16), np.uint8), np.zeros((120, 3, 8, 16), np.uint8), (1,), (2,)))
+
+
+def test_the_mirror_shows_the_agents_mirrored():
+    "Facts of mirrored boxes are the mirrored facts."
+    from vlarepro.models.agent_facts import Boxes, agent_facts
+    g, n = rng("mirror-boxes"), 200
+    row, xy, yaw = np.arange(n), np.stack([g.uniform(4, 40, n), g.uniform(-12, 12, n)], 1), g.uniform(-3, 3, n)
+    make = lambda s: agent_facts(Boxes(row, xy * [1, s], yaw * s, np.full((n, 2), 1.5), np.arange(n) % 3, np.arange(n)), np.zeros((n, 3)), np.full(n, 6.0), np.full(n, 0.1 * s), *[np.zeros((n, 3, 16, 32), np.uint8)] * 2, (1,), (2,))
+    a, b = make(1).batch(row, True), make(-1).batch(row, False)
+    assert torch.allclose(torch.nan_to_num(a[3], -99), torch.nan_to_num(b[3], -99), atol=1e-4)
+    assert (torch.isfinite(a[0]) == torch.isfinite(b[0])).float().mean() > 0.999
+
+
+def test_light_and_dropout_are_for_training_alone(world):
+    e = VisualEncoder(EncoderConfig((32, 64), 3, (8, 8, 8, 16, 16), (1, 2), 8, 16, 0.3))
+    pairs, light = world.pairs(np.arange(1, 4)), torch.tensor([[1.0, 0.0], [0.9, 0.1], [1.1, -0.1]])
+    e.train()
+    assert not torch.equal(e(pairs), e(pairs))
+    e.eval()
+    assert torch.equal(e(pairs), e(pairs)) and torch.equal(e(pairs)[0], e(pairs, light=light)[0]) and not torch.equal(e(pairs)[1], e(pairs, light=light)[1])

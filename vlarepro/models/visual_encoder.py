@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORWARD_M', 'TURN_RAD', 'SHIFTS', 'SMALL_HW', 'MOTION_COLUMNS', 'EncoderConfig', 'sweep_tables', 'PlaneSweep',
-           'VisualEncoder', 'drop_views', 'class_weights', 'patches', 'MultiTaskHeads', 'mask_blocks',
+           'mirror_sweep', 'VisualEncoder', 'drop_views', 'class_weights', 'patches', 'MultiTaskHeads', 'mask_blocks',
            'SelfSupervisedHeads', 'encoder_hash', 'save_encoder', 'load_encoder']
 
 # %% ../../nbs/40_models/20_visual_encoder.ipynb #c003
@@ -35,6 +35,7 @@ class EncoderConfig:
     token_grid: tuple        # rows, columns of tokens per camera
     token_width: int         # width of a token
     mix_width: int           # hidden width of the global mixing
+    dropout: float = 0.0     # share of inputs of the projection and of the mixing's hidden units dropped in training
 
     def __post_init__(self):
         h, w = self.image_hw
@@ -118,7 +119,17 @@ class PlaneSweep(nn.Module):
             out.append(cost.permute(2, 1, 0).reshape(b, v, -1))
         return torch.cat(out, -1)
 
-# %% ../../nbs/40_models/20_visual_encoder.ipynb #c015
+# %% ../../nbs/40_models/20_visual_encoder.ipynb #c013
+def mirror_sweep(
+    sweep: Float[Tensor, "b v m"],  # from `PlaneSweep`
+) -> Float[Tensor, "b v m"]:
+    "What the sweep of the mirrored images is, but for the choice of columns."
+    b, v, m = sweep.shape
+    n = 8 * len(FORWARD_M) * len(TURN_RAD)
+    ground, sky = sweep[..., :n].view(b, v, 2, 4, len(FORWARD_M), len(TURN_RAD)), sweep[..., n:].view(b, v, 2, len(SHIFTS))
+    return torch.cat([ground.flip(1, 3, 5).reshape(b, v, n), sky.flip(1, 2, 3).reshape(b, v, m - n)], -1)
+
+# %% ../../nbs/40_models/20_visual_encoder.ipynb #c017
 def _conv(i, o, k):
     "Stride-2 convolution, normalisation over groups of channels, ReLU (GELU costs as much as the convolution here)."
     return nn.Sequential(nn.Conv2d(i, o, k, 2, k // 2), nn.GroupNorm(math.gcd(4, o), o), nn.ReLU(inplace=True))
@@ -129,31 +140,39 @@ class VisualEncoder(nn.Module):
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.cfg, c, n, d = cfg, cfg.channels, cfg.n_tokens, cfg.token_width
-        self.backbone = nn.Sequential(*[_conv(i, o, 5 if s == 0 else 3) for s, (i, o) in enumerate(zip((6, *c[:-1]), c))]).to(memory_format=torch.channels_last)
-        self.project = nn.Linear(c[-1], d)
+        self.backbone = nn.ModuleList([_conv(i, o, 5 if s == 0 else 3) for s, (i, o) in enumerate(zip((6, *c[:-1]), c))]).to(memory_format=torch.channels_last)
+        self.project = nn.Linear(c[-1] + 4 * (c[-2] + c[-3]), d)
         self.position = nn.Parameter(torch.zeros(n, d))
         self.missing = nn.Parameter(torch.zeros(n, d))  # stands for the tokens of a camera that is not there
         self.sweep = PlaneSweep(cfg.views)
-        self.moved = nn.Sequential(nn.Linear(self.sweep.width, cfg.mix_width), nn.GELU())
+        self.moved = nn.Sequential(nn.Linear(self.sweep.width, cfg.mix_width), nn.GELU(), nn.Dropout(cfg.dropout / 2))
+        self.drop = nn.Dropout(cfg.dropout)
         self.mix_in, self.mix_out = nn.Linear(n * d + cfg.mix_width, cfg.mix_width), nn.Linear(cfg.mix_width, n * d)
         self.norm = nn.LayerNorm(d)
         self.register_buffer("mean", torch.zeros(n, d))  # standardisation per position and channel, fitted after training
         self.register_buffer("std", torch.ones(n, d))
 
-    def view_tokens(self, images: UInt8[Tensor, "b f v h w c"]) -> tuple:  # (b, n, d) tokens, (b, v, m) sweep: each camera on its own
-        "Tokens before mixing, and the sweep: the expensive part."
+    def view_tokens(self, images: UInt8[Tensor, "b f v h w c"], sweep=None, light=None) -> tuple:  # (b, n, d) tokens, (b, v, m) sweep: each camera on its own
+        "Tokens before mixing, and the sweep unless it is given; `light` (b, 2) scales and shifts the images' brightness in training."
         b, f, v, h, w, c = images.shape
         if (f, v, h, w, c) != (2, self.cfg.views, *self.cfg.image_hw, 3): raise ValueError(f"images: expected (b, 2, {self.cfg.views}, {self.cfg.image_hw[0]}, {self.cfg.image_hw[1]}, 3), got {tuple(images.shape)}: pair the frames, and let the reader resize")
         if images.dtype != torch.uint8: raise TypeError(f"images: expected uint8, got {images.dtype}")
-        x = images.permute(0, 2, 3, 4, 1, 5).reshape(b * v, h, w, f * c).to(torch.float32).sub_(110.0).div_(60.0)
-        return self.pool(self.backbone(x.permute(0, 3, 1, 2)), b), self.sweep(images)
+        x = images.permute(0, 2, 3, 4, 1, 5).reshape(b, v, h, w, f * c).to(torch.float32).sub_(110.0).div_(60.0)
+        if light is not None: x = x.mul_(light[:, 0].view(-1, 1, 1, 1, 1)).add_(light[:, 1].view(-1, 1, 1, 1, 1))
+        x, maps = x.view(b * v, h, w, f * c).permute(0, 3, 1, 2), []
+        for stage in self.backbone: x = stage(x); maps.append(x)
+        return self.pool(maps, b), self.sweep(images) if sweep is None else sweep
 
-# %% ../../nbs/40_models/20_visual_encoder.ipynb #c017
+# %% ../../nbs/40_models/20_visual_encoder.ipynb #c019
 @patch
 def pool(self: VisualEncoder, maps, b):
     "Feature maps of b*v cameras -> (b, n, d), camera-major, then rows, then columns."
-    x = F.adaptive_avg_pool2d(maps, self.cfg.token_grid) if maps.shape[-2:] != tuple(self.cfg.token_grid) else maps
-    return self.project(x.permute(0, 2, 3, 1).reshape(b, self.cfg.n_tokens, -1))
+    r, c = self.cfg.token_grid
+    def cells(x, k):  # the largest value in each of k x k cells of a token
+        x = F.adaptive_max_pool2d(x, (r * k, c * k)) if x.shape[-2:] != (r * k, c * k) else x
+        return x.view(len(x), -1, r, k, c, k).permute(0, 2, 4, 3, 5, 1).reshape(len(x), r * c, -1)
+    x = torch.cat([cells(maps[-1], 1), cells(maps[-2], 2), cells(maps[-3], 2)], -1)
+    return self.project(self.drop(x.reshape(b, self.cfg.n_tokens, -1)))
 
 
 @patch
@@ -168,14 +187,14 @@ def finish(
         there = view_valid.repeat_interleave(self.cfg.n_tokens // self.cfg.views, 1)[..., None]
         tokens, sweep = torch.where(there, tokens, self.missing.expand_as(tokens)), sweep * view_valid[..., None]
     x = tokens + self.position
-    hidden = F.gelu(self.mix_in(torch.cat([F.gelu(x).flatten(1), self.moved(sweep.flatten(1))], 1)))
+    hidden = self.drop(F.gelu(self.mix_in(torch.cat([F.gelu(x).flatten(1), self.moved(sweep.flatten(1))], 1))))
     return self.norm(x + self.mix_out(hidden).view_as(x))
 
 
 @patch
-def forward(self: VisualEncoder, images, view_valid=None):
+def forward(self: VisualEncoder, images, view_valid=None, sweep=None, light=None):
     "Images -> tokens, not standardised."
-    return self.finish(*self.view_tokens(images), view_valid)
+    return self.finish(*self.view_tokens(images, sweep, light), view_valid)
 
 
 @patch
@@ -183,7 +202,7 @@ def standardised(self: VisualEncoder, tokens):
     "Zero mean and unit variance per position and channel over the training keyframes."
     return (tokens - self.mean) / self.std
 
-# %% ../../nbs/40_models/20_visual_encoder.ipynb #c023
+# %% ../../nbs/40_models/20_visual_encoder.ipynb #c025
 def drop_views(
     n: int,                      # samples
     views: int,                  # cameras
@@ -198,7 +217,7 @@ def drop_views(
     keep[:, front] = True
     return keep
 
-# %% ../../nbs/40_models/20_visual_encoder.ipynb #c026
+# %% ../../nbs/40_models/20_visual_encoder.ipynb #c028
 MOTION_COLUMNS = ("dx_m", "dy_m", "dyaw_rad", "speed_mps", "yaw_rate_radps")
 
 
@@ -222,7 +241,7 @@ def patches(
     r, c = grid
     return maps.view(b, v, r, h // r, c, w // c).transpose(3, 4).reshape(b, v * r * c, -1)
 
-# %% ../../nbs/40_models/20_visual_encoder.ipynb #c028
+# %% ../../nbs/40_models/20_visual_encoder.ipynb #c030
 class _TokenDecoder(nn.Module):
     "A token (and its place) -> `out` numbers, the same weights for every token."
     def __init__(self, cfg: EncoderConfig, hidden: int, out: int):
@@ -255,7 +274,7 @@ class MultiTaskHeads(nn.Module):
         target = ((motion - self.motion_mean) / self.motion_std)[:, None].expand(-1, tokens.shape[1], -1)
         return dict(seg=ce, depth=dist, motion=F.smooth_l1_loss(self.motion(tokens), target, beta=0.1))
 
-# %% ../../nbs/40_models/20_visual_encoder.ipynb #c030
+# %% ../../nbs/40_models/20_visual_encoder.ipynb #c032
 def mask_blocks(
     images: UInt8[Tensor, "b f v h w c"],  # frame pairs
     block: int,                            # side of a block [px]
@@ -291,7 +310,7 @@ class SelfSupervisedHeads(nn.Module):
             out[name] = F.mse_loss(y[..., i, :][ok], goal[ok])
         return out
 
-# %% ../../nbs/40_models/20_visual_encoder.ipynb #c036
+# %% ../../nbs/40_models/20_visual_encoder.ipynb #c038
 def encoder_hash(
     encoder: VisualEncoder,
 ) -> str:  # 16 hex digits

@@ -85,7 +85,7 @@ def test_absent_views_do_not_leak(world):
 
 
 def test_losses_ignore_absent_views(world, rows):
-    heads = make_heads("multitask", CFG, world, rows, 4)
+    heads = make_heads("multitask", CFG, world, rows, 4).eval()
     tokens, valid = torch.randn(4, 6, 8, generator=torch_rng("t")), torch.tensor([[False, True, False]]).expand(4, 3)
     seg, depth, motion = (torch.from_numpy(a[1:5]) for a in (world.seg, world.depth, world.motion))
     a = heads.losses(tokens, seg, depth, motion, valid)
@@ -222,11 +222,14 @@ def test_two_processes_give_what_one_gives(world, rows, tmp_path):
     from dataclasses import replace
 
     from vlarepro.models.features import fit_encoders, keyframe_sweeps
-    kept = replace(world, sweep=keyframe_sweeps(world, batch=7))
+    kept = replace(world, sweep=keyframe_sweeps(world))
     assert np.allclose(kept.sweeps(np.arange(3)), VisualEncoder(CFG).sweep(world.pairs(np.arange(3))), atol=2e-3)
-    found = [fit_encoders(kept, rows, CFG, FIT, ("multitask", "selfsup"), 4, tmp_path / str(w), tmp_path / "s", dict(source="test"), workers=w) for w in (1, 2)]
-    assert found[0] == found[1] and set(found[0][1]) == {"multitask", "selfsup"}
-    assert (load_features(tmp_path / "1" / "selfsup") == load_features(tmp_path / "2" / "selfsup")).all() and not list((tmp_path / "s").iterdir())
+    fit = lambda data, w: fit_encoders(data, rows, CFG, FIT, ("multitask", "selfsup"), 4, tmp_path / str(w), tmp_path / "s", dict(source="test"), workers=w)
+    found = [fit(kept, 1), fit(world, 2)]
+    for o in ("multitask", "selfsup"):
+        one, two = (f[0][o][-1]["total"] for f in found)
+        assert abs(one - two) < 1e-3 * one and np.allclose(*(load_features(tmp_path / w / o).astype(float) for w in "12"), atol=0.05)
+    assert fit(world, 2)[1] == found[1][1] and not list((tmp_path / "s").iterdir())  # bit-equal again, and nothing is left
 
 
 def test_agents_are_a_label_like_the_others(world, rows):
@@ -235,15 +238,18 @@ def test_agents_are_a_label_like_the_others(world, rows):
 
     from vlarepro.models.agent_facts import Boxes, agent_facts
     g, n = rng("boxes"), len(world)
-    boxes = Boxes(np.repeat(np.arange(n), 3), g.uniform(-10, 30, (3 * n, 2)), g.uniform(-3, 3, 3 * n), np.full((3 * n, 2), 2.0), np.tile(np.arange(3), n), np.tile(np.arange(3), n))
-    facts = agent_facts(boxes, np.zeros((n, 3)), np.full(n, 5.0), np.zeros(n), world.seg, world.depth, (1,), (2,), columns=2)
+    who = np.tile(np.arange(3), n)
+    boxes = Boxes(np.repeat(np.arange(n), 3), g.uniform(-10, 30, (3 * n, 2)), g.uniform(-3, 3, 3 * n), np.full((3 * n, 2), 2.0), who, who)
+    make = lambda k, seg, depth, columns: agent_facts(boxes, np.zeros((k, 3)), np.full(k, 5.0), np.zeros(k), seg, depth, (1,), (2,), columns)
+    facts = make(n, world.seg, world.depth, 2)
     assert facts.R.shape == (40, 24, 3) and np.isfinite(facts.R).any() and np.isfinite(facts.L).any()
     seen = replace(world, agents=facts)
     a, heads, history = train_encoder(seen, rows, CFG, FIT, "multitask", 4)
     assert {"seen", "range", "moves", "corridor"} < set(history[-1]) and all(np.isfinite(v) for v in history[-1].values())
     assert encoder_hash(a) != encoder_hash(train_encoder(world, rows, CFG, FIT, "multitask", 4)[0])
     assert encoder_hash(train_encoder(seen, rows, CFG, FIT, "selfsup", 4)[0]) == encoder_hash(train_encoder(world, rows, CFG, FIT, "selfsup", 4)[0])
-    with pytest.raises(ValueError, match="agents: expected 40 rows"): replace(world, agents=agent_facts(boxes, np.zeros((120, 3)), np.zeros(120), np.zeros(120), np.zeros((120, 3, 8, 16), np.uint8), np.zeros((120, 3, 8, 16), np.uint8), (1,), (2,)))
+    more = np.zeros((120, 3, 8, 16), np.uint8)
+    with pytest.raises(ValueError, match="agents: expected 40 rows"): replace(world, agents=make(120, more, more, 2))
 
 
 def test_the_mirror_shows_the_agents_mirrored():
@@ -251,7 +257,9 @@ def test_the_mirror_shows_the_agents_mirrored():
     from vlarepro.models.agent_facts import Boxes, agent_facts
     g, n = rng("mirror-boxes"), 200
     row, xy, yaw = np.arange(n), np.stack([g.uniform(4, 40, n), g.uniform(-12, 12, n)], 1), g.uniform(-3, 3, n)
-    make = lambda s: agent_facts(Boxes(row, xy * [1, s], yaw * s, np.full((n, 2), 1.5), np.arange(n) % 3, np.arange(n)), np.zeros((n, 3)), np.full(n, 6.0), np.full(n, 0.1 * s), *[np.zeros((n, 3, 16, 32), np.uint8)] * 2, (1,), (2,))
+    dark = np.zeros((n, 3, 16, 32), np.uint8)
+    boxes = lambda s: Boxes(row, xy * [1, s], yaw * s, np.full((n, 2), 1.5), np.arange(n) % 3, np.arange(n))
+    make = lambda s: agent_facts(boxes(s), np.zeros((n, 3)), np.full(n, 6.0), np.full(n, 0.1 * s), dark, dark, (1,), (2,))
     a, b = make(1).batch(row, True), make(-1).batch(row, False)
     assert torch.allclose(torch.nan_to_num(a[3], -99), torch.nan_to_num(b[3], -99), atol=1e-4)
     assert (torch.isfinite(a[0]) == torch.isfinite(b[0])).float().mean() > 0.999

@@ -158,7 +158,7 @@ def agent_facts(
     return AgentFacts(R, V, _lamps(seg, depth, stop_ids, go_ids, columns), _corridor(boxes, xy, yaw, v, len(pose), speed_mps, yaw_rate_radps))
 
 # %% ../../nbs/40_models/22_agent_facts.ipynb #c014
-_WEIGHT = (1.0, 3.0, 3.0, 6.0, 6.0)   # vehicle, vulnerable, obstacle, stop lamp, go lamp
+_WEIGHT = (1.0, 5.0, 3.0, 6.0, 6.0)   # vehicle, vulnerable, obstacle, stop lamp, go lamp
 _RARE = (2.0, 6.0, 6.0, 8.0, 8.0)     # weight of a yes against a no
 _SPEED = ((4.0, 4.0, 1.0), (2.0, 1.0))  # scales: vehicle v_x, v_y, acceleration; vulnerable v_x, v_y
 _BRAKES_MPS2 = -0.8

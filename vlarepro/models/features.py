@@ -27,7 +27,7 @@ from ..core.paths import atomic_write, read_json, write_json
 from ..core.progress import progress
 from ..core.seeds import key_seed, rng, set_threads, torch_rng
 from .agent_facts import CORRIDOR, AgentFacts, AgentHeads
-from .visual_encoder import (MOTION_COLUMNS, EncoderConfig, MultiTaskHeads, PlaneSweep, SelfSupervisedHeads, VisualEncoder,
+from .visual_encoder import (MOTION_COLUMNS, EncoderConfig, MotionSweep, MultiTaskHeads, SelfSupervisedHeads, VisualEncoder,
                                             class_weights, drop_views, encoder_hash, mask_blocks, mirror_sweep, save_encoder)
 
 # %% ../../nbs/40_models/25_features.ipynb #c006
@@ -61,14 +61,20 @@ class KeyframeSet:
         return None if self.sweep is None else torch.from_numpy(self.sweep[rows]).float()
 
 
-def keyframe_sweeps(data: KeyframeSet, batch: int = 16) -> Float[np.ndarray, "n v m"]:  # float16
-    "The plane sweep of every keyframe, once for all encoders of a world: a third of their time."
-    sweep, out = PlaneSweep(data.images.shape[1]), None
-    for i in progress(range(0, len(data), batch), "plane sweeps"):
-        x = sweep(data.pairs(np.arange(i, min(i + batch, len(data))))).numpy()
-        if out is None: out = np.empty((len(data), *x.shape[1:]), np.float16)
-        out[i : i + batch] = x
-    return out
+def _sweep_some(images, previous, rows, batch=16):
+    "Sweeps of some rows; images may be the path of a memory map."
+    torch.set_num_threads(1)
+    images = np.load(images, mmap_mode="r") if isinstance(images, str) else images
+    sweep = MotionSweep(images.shape[1])
+    parts = (rows[i : i + batch] for i in range(0, len(rows), batch))
+    return np.concatenate([sweep(torch.from_numpy(np.stack([images[previous[r]], images[r]], 1))).numpy().astype(np.float16) for r in parts])
+
+
+def keyframe_sweeps(data: KeyframeSet) -> Float[np.ndarray, "n v m"]:  # float16
+    "The sweeps of every keyframe, once for all encoders of a world: a third of their time."
+    threads = torch.get_num_threads()
+    try: return _sweep_some(data.images, data.previous, np.arange(len(data)))
+    finally: torch.set_num_threads(threads)
 
 
 def neighbours(
@@ -324,19 +330,22 @@ def fit_encoders(
     "Train and encode every objective on the same keyframes."
     folder, scratch = Path(folder), Path(scratch)
     scratch.mkdir(parents=True, exist_ok=True)
-    if data.sweep is None: data = replace(data, sweep=keyframe_sweeps(data))
     jobs = [(rows, cfg, fit, o, n_classes, seed, str(folder / o), str(scratch / f"encoder-{o}.pt"), info | dict(objective=o, seed=seed, steps=fit.steps)) for o in objectives]
     if workers == 1:
         threads = torch.get_num_threads()
+        if data.sweep is None: data = replace(data, sweep=keyframe_sweeps(data))
         found = [_fit_one(data, *j) for j in jobs]
         set_threads(threads)
     else:
-        with tempfile.TemporaryDirectory(dir=scratch, prefix="maps-") as d:
+        with tempfile.TemporaryDirectory(dir=scratch, prefix="maps-") as d, ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             maps = {k: f"{d}/{k}.npy" for k in ("images", "sweep")}
-            for k, p in maps.items(): np.save(p, getattr(data, k))
-            light = _Lean(**{f.name: getattr(data, f.name) for f in fields(data)} | maps)
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found = [f.result() for f in [pool.submit(_fit_one, light, *j) for j in jobs]]
+            np.save(maps["images"], data.images)
+            if data.sweep is None:
+                parts = [pool.submit(_sweep_some, maps["images"], data.previous, r) for r in np.array_split(np.arange(len(data)), 4 * workers)]
+                np.save(maps["sweep"], np.concatenate([p.result() for p in parts]))
+            else: np.save(maps["sweep"], data.sweep)
+            lean = _Lean(**{f.name: getattr(data, f.name) for f in fields(data)} | maps)
+            found = [f.result() for f in [pool.submit(_fit_one, lean, *j) for j in jobs]]
     for o in objectives: (scratch / f"encoder-{o}.pt").unlink(missing_ok=True)
     return {o: f[0] for o, f in zip(objectives, found)}, {o: f[1] for o, f in zip(objectives, found)}
 

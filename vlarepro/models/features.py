@@ -379,9 +379,9 @@ def motion_probe(
 def _read_out(features, y, fit_rows, test_rows, ridge, names):
     "Ridge regression: r2 and mae by column."
     x = lambda r: np.concatenate([features[r].reshape(len(r), -1).astype(np.float64), np.ones((len(r), 1))], 1)
-    a = x(fit_rows)
-    w = np.linalg.solve(a.T @ a + ridge * np.eye(a.shape[1]), a.T @ y[fit_rows].astype(np.float64))
-    p, t = x(test_rows) @ w, y[test_rows].astype(np.float64)
+    a, t = x(fit_rows), y[test_rows].astype(np.float64)
+    m = y[fit_rows].astype(np.float64).mean(0)
+    p = x(test_rows) @ np.linalg.solve(a.T @ a + ridge * np.eye(a.shape[1]), a.T @ (y[fit_rows] - m)) + m
     r2 = 1 - ((p - t) ** 2).mean(0) / np.maximum(t.var(0), 1e-12)
     return {c: dict(r2=float(r2[i]), mae=float(np.abs(p - t).mean(0)[i])) for i, c in enumerate(names)}
 

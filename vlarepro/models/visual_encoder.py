@@ -197,8 +197,9 @@ class VisualEncoder(nn.Module):
         b, f, v, h, w, c = images.shape
         if (f, v, h, w, c) != (2, self.cfg.views, *self.cfg.image_hw, 3): raise ValueError(f"images: expected (b, 2, {self.cfg.views}, {self.cfg.image_hw[0]}, {self.cfg.image_hw[1]}, 3), got {tuple(images.shape)}: pair the frames, and let the reader resize")
         if images.dtype != torch.uint8: raise TypeError(f"images: expected uint8, got {images.dtype}")
-        x = images.permute(0, 2, 3, 4, 1, 5).reshape(b, v, h, w, f * c).to(torch.float32).sub_(110.0).div_(60.0)
-        if light is not None: x = x.mul_(light[:, 0].view(-1, 1, 1, 1, 1)).add_(light[:, 1].view(-1, 1, 1, 1, 1))
+        scale, shift = torch.tensor([[1.0], [0.0]]).expand(2, b) if light is None else light.t()
+        scale, shift = (a.view(-1, 1, 1, 1, 1) for a in (scale / 60.0, shift - scale * (110.0 / 60.0)))
+        x = torch.addcmul(shift, torch.cat([images[:, 0], images[:, 1]], -1).to(torch.float32), scale)
         x, maps = x.view(b * v, h, w, f * c).permute(0, 3, 1, 2), []
         for i, stage in enumerate(self.backbone):
             x = stage(x)

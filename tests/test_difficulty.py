@@ -42,7 +42,22 @@ from vlarepro.world.scenarios import critical_flags, make_scene
 from vlarepro.world.scene import DT_S, EVENT_KINDS, FAMILIES
 
 FIT = HeadFit(
-    steps=120, batch=64, lr=3e-3, weight_decay=0.01, warmup=10, dropout=0.0, width=32, token_code=4, attention_width=16, ik_steps=40, ik_batch=32, ik_lr=3e-3
+    steps=120,
+    batch=64,
+    lr=3e-3,
+    weight_decay=0.01,
+    warmup=10,
+    dropout=0.0,
+    width=32,
+    token_code=4,
+    attention_width=16,
+    see_steps=120,
+    see_dropout=0.0,
+    see_code=4,
+    see_noise=0.0,
+    ik_steps=40,
+    ik_batch=32,
+    ik_lr=3e-3,
 )
 
 

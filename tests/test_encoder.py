@@ -27,7 +27,7 @@ from vlarepro.models.visual_encoder import EncoderConfig, VisualEncoder, drop_vi
 
 CFG = EncoderConfig((32, 64), 3, (8, 8, 8, 16, 16), (1, 2), 8, 16)
 FIT = EncoderFit(steps=10, batch=8, lr=3e-3, weight_decay=0.01, warmup=2, p_front_only=0.2, p_each_view=0.1,
-                 p_mirror=0.5, w_seg=1.0, w_depth=1.0, w_motion=1.0, mask_block=8, mask_share=0.5, save_every=4)
+                 p_mirror=0.5, w_seg=1.0, w_depth=1.0, w_motion=1.0, w_agents=1.0, light=0.1, mask_block=8, mask_share=0.5, save_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_absent_views_do_not_leak(world):
 
 
 def test_losses_ignore_absent_views(world, rows):
-    heads = make_heads("multitask", CFG, world, rows, 4)
+    heads = make_heads("multitask", CFG, world, rows, 4).eval()
     tokens, valid = torch.randn(4, 6, 8, generator=torch_rng("t")), torch.tensor([[False, True, False]]).expand(4, 3)
     seg, depth, motion = (torch.from_numpy(a[1:5]) for a in (world.seg, world.depth, world.motion))
     a = heads.losses(tokens, seg, depth, motion, valid)
@@ -215,3 +215,60 @@ def test_mirror_turns_everything_round(world):
     a, b = mirrored(world, np.array([3, 9]), False), mirrored(world, np.array([3, 9]), True)
     assert (b[0][:, :, 0] == a[0][:, :, 2].flip(3)).all() and (b[2][:, 2] == a[2][:, 0].flip(2)).all()
     assert torch.allclose(b[4], a[4] * torch.tensor([1.0, -1, -1, 1, -1]))
+
+
+def test_two_processes_give_what_one_gives(world, rows, tmp_path):
+    "Each objective has one thread, whether in this process or in its own; kept sweeps are those that are computed on the way."
+    from dataclasses import replace
+
+    from vlarepro.models.features import fit_encoders, keyframe_sweeps
+    kept = replace(world, sweep=keyframe_sweeps(world))
+    assert np.allclose(kept.sweeps(np.arange(3)), VisualEncoder(CFG).sweep(world.pairs(np.arange(3))), atol=2e-3)
+    fit = lambda data, w: fit_encoders(data, rows, CFG, FIT, ("multitask", "selfsup"), 4, tmp_path / str(w), tmp_path / "s", dict(source="test"), workers=w)
+    found = [fit(kept, 1), fit(world, 2)]
+    for o in ("multitask", "selfsup"):
+        one, two = (f[0][o][-1]["total"] for f in found)
+        assert abs(one - two) < 1e-3 * one and np.allclose(*(load_features(tmp_path / w / o).astype(float) for w in "12"), atol=0.05)
+    assert fit(world, 2)[1] == found[1][1] and not list((tmp_path / "s").iterdir())  # bit-equal again, and nothing is left
+
+
+def test_agents_are_a_label_like_the_others(world, rows):
+    "With boxes the supervised objective has four more losses; they change the tokens, and the self-supervised objective does not see them."
+    from dataclasses import replace
+
+    from vlarepro.models.agent_facts import Boxes, agent_facts
+    g, n = rng("boxes"), len(world)
+    who = np.tile(np.arange(3), n)
+    boxes = Boxes(np.repeat(np.arange(n), 3), g.uniform(-10, 30, (3 * n, 2)), g.uniform(-3, 3, 3 * n), np.full((3 * n, 2), 2.0), who, who)
+    make = lambda k, seg, depth, columns: agent_facts(boxes, np.zeros((k, 3)), np.full(k, 5.0), np.zeros(k), seg, depth, (1,), (2,), columns)
+    facts = make(n, world.seg, world.depth, 2)
+    assert facts.R.shape == (40, 24, 3) and np.isfinite(facts.R).any() and np.isfinite(facts.L).any()
+    seen = replace(world, agents=facts)
+    a, heads, history = train_encoder(seen, rows, CFG, FIT, "multitask", 4)
+    assert {"seen", "range", "moves", "corridor"} < set(history[-1]) and all(np.isfinite(v) for v in history[-1].values())
+    assert encoder_hash(a) != encoder_hash(train_encoder(world, rows, CFG, FIT, "multitask", 4)[0])
+    assert encoder_hash(train_encoder(seen, rows, CFG, FIT, "selfsup", 4)[0]) == encoder_hash(train_encoder(world, rows, CFG, FIT, "selfsup", 4)[0])
+    more = np.zeros((120, 3, 8, 16), np.uint8)
+    with pytest.raises(ValueError, match="agents: expected 40 rows"): replace(world, agents=make(120, more, more, 2))
+
+
+def test_the_mirror_shows_the_agents_mirrored():
+    "Facts of mirrored boxes are the mirrored facts."
+    from vlarepro.models.agent_facts import Boxes, agent_facts
+    g, n = rng("mirror-boxes"), 200
+    row, xy, yaw = np.arange(n), np.stack([g.uniform(4, 40, n), g.uniform(-12, 12, n)], 1), g.uniform(-3, 3, n)
+    dark = np.zeros((n, 3, 16, 32), np.uint8)
+    boxes = lambda s: Boxes(row, xy * [1, s], yaw * s, np.full((n, 2), 1.5), np.arange(n) % 3, np.arange(n))
+    make = lambda s: agent_facts(boxes(s), np.zeros((n, 3)), np.full(n, 6.0), np.full(n, 0.1 * s), dark, dark, (1,), (2,))
+    a, b = make(1).batch(row, True), make(-1).batch(row, False)
+    assert torch.allclose(torch.nan_to_num(a[3], -99), torch.nan_to_num(b[3], -99), atol=1e-4)
+    assert (torch.isfinite(a[0]) == torch.isfinite(b[0])).float().mean() > 0.999
+
+
+def test_light_and_dropout_are_for_training_alone(world):
+    e = VisualEncoder(EncoderConfig((32, 64), 3, (8, 8, 8, 16, 16), (1, 2), 8, 16, 0.3))
+    pairs, light = world.pairs(np.arange(1, 4)), torch.tensor([[1.0, 0.0], [0.9, 0.1], [1.1, -0.1]])
+    e.train()
+    assert not torch.equal(e(pairs), e(pairs))
+    e.eval()
+    assert torch.equal(e(pairs), e(pairs)) and torch.equal(e(pairs)[0], e(pairs, light=light)[0]) and not torch.equal(e(pairs)[1], e(pairs, light=light)[1])

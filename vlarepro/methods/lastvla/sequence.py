@@ -71,7 +71,7 @@ class Layout:
 
 def find_segments(
     ids: Int[torch.Tensor, "b l"],   # whole sequences
-    special: dict,                   # "scene_start", "scene_end", "wm", "geo", "answer", "pad" -> token id; the answer begins at "answer"
+    special: dict,                   # "scene_start", "scene_end", "wm", "geo", "answer", "pad" -> token id; the answer begins at one of "answer"
 ) -> Int[torch.Tensor, "b l"]:
     "Tell the segments from the tokens: the frame of the image belongs to it, all from the answer's first token on is answer, the rest is text."
     within = (ids == special["scene_start"]).cumsum(1) - (ids == special["scene_end"]).cumsum(1) + (ids == special["scene_end"])
@@ -79,7 +79,7 @@ def find_segments(
     out[within > 0] = IMAGE
     out[ids == special["wm"]] = WM
     out[ids == special["geo"]] = GEO
-    out[(ids == special["answer"]).cumsum(1) > 0] = ANSWER
+    out[torch.isin(ids, torch.as_tensor(special["answer"], device=ids.device)).cumsum(1) > 0] = ANSWER
     out[ids == special["pad"]] = PAD
     return out
 

@@ -318,6 +318,7 @@ def generate(
     end: "tuple[int, ...]",       # an answer ends after any of these tokens
     pick=None,                    # callable (logits (b, v), i) -> (b,) tokens; None: the most probable
     on_logits=None,               # hook (logits, i) -> logits, e.g. to forbid tokens
+    on_token=None,                # hook tokens (b,) -> embeddings (b, w); None: the embedding table
 ) -> "tuple[Int[torch.Tensor, 'b s'], Bool[torch.Tensor, 'b s']]":  # tokens, and which of them count (the end token does)
     "Write after a prefix."
     logits, alive, out, counts = self.logits(prefix.hidden), torch.ones(len(prefix.mask), dtype=torch.bool, device=self.device), [], []
@@ -326,7 +327,7 @@ def generate(
         if on_logits: logits = on_logits(logits, i)
         new = logits.argmax(-1) if pick is None else pick(logits, i)
         out.append(torch.where(alive, new, ends[0])); counts.append(alive)
-        logits = self.step(prefix, out[-1], alive)
+        logits = self.step(prefix, on_token(out[-1]) if on_token else out[-1], alive)
         alive = alive & ~torch.isin(new, ends)
         if not bool(alive.any()): break
     return torch.stack(out, 1), torch.stack(counts, 1)

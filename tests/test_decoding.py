@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from vlarepro.decoding.acceptance import accepted, choose, replay
 from vlarepro.decoding.decoder import LeanDecoder, prompt_of

@@ -92,6 +92,10 @@ def table_row(
 # %% ../../nbs/80_evaluation/40_ikvla.ipynb #c010
 EXTRA_ROWS = {  # arm -> how its row is named
     "ikvla_joint": "IK-VLA, trajectory gradient not stopped",
+    "ikvla_target": "IK-VLA, gradient through the next-state target too",
+    "ikvla_3s": "IK-VLA, next states at 1, 2 and 3 s only",
+    "ikvla_1s": "IK-VLA, next state at 1 s only",
+    "ikvla_narrow": "IK-VLA, next states through a token bottleneck",
     "ikvla_flat": "IK-VLA, flat IK head (ours)",
     "oracle_next": "control: true next state (oracle)",
     "oracle_next_flat": "control: true next state, flat head",

@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['ANALYSES', 'NAVSIM_ROWS', 'NAVSIM_MORE', 'RHO_M', 'REACTION_M', 'as_cell', 'mean_cell', 'a_row', 'named',
-           'NavsimScores', 'navsim_table', 'main_grain', 'table6', 'table7', 'table8', 'gain', 'table9',
-           'yaw_separation', 'pearson', 'spearman', 'correlation', 'seed_l2', 'table10a', 'table10b',
-           'table5_stitching', 'table12', 'corruption_tables', 'table16', 'effects', 'verdicts', 'plan_findings',
-           'analysis_findings', 'explained']
+           'navsim_table', 'main_grain', 'table6', 'table7', 'table8', 'gain', 'table9', 'yaw_separation', 'pearson',
+           'spearman', 'correlation', 'seed_l2', 'table10a', 'table10b', 'table5_stitching', 'table12',
+           'corruption_tables', 'table16', 'effects', 'verdicts', 'plan_findings', 'analysis_findings', 'explained']
 
 # %% ../../nbs/80_evaluation/74_ikvla_tables.ipynb #c003
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +19,7 @@ from ..core.seeds import rng
 from .beneficial import beneficial_groups, beneficial_table, endpoint_error
 from .ikvla import DRAWS, EXTRA_ROWS, ArmScores
 from .ikvla_analyses import Analyses
+from .navsim_arms import NavsimScores
 from .nsp_quality import plan_l2
 from .stitching import PLACEMENTS, given_reaction, paired_control
 from ..scoring.statistics import Interval, bootstrap, bootstrap_means, difference, mean_of, seeds_note, verdict
@@ -55,29 +53,6 @@ def named(arm: str) -> str:
     return {**EXTRA_ROWS, **more}.get(arm, arm)
 
 # %% ../../nbs/80_evaluation/74_ikvla_tables.ipynb #c008
-@dataclass(frozen=True)
-class NavsimScores:
-    "Sub-scores of every planner on the frames of a split, 0 to 1."
-    log: np.ndarray                # (n,)
-    values: dict                   # "v1" or "v2" -> arm -> column -> (s, n)
-
-    @classmethod
-    def load(cls, folder: "str | Path") -> "NavsimScores":
-        "Join every scores.npz below a folder; all must have scored the same frames."
-        files, token, values = sorted(Path(folder).rglob("scores.npz")), None, {"v1": {}, "v2": {}}
-        if not files: raise FileNotFoundError(f"no scores.npz below {folder}: run the NAVSIM evaluation stages")
-        for f in files:
-            with np.load(f, allow_pickle=False) as z:
-                if token is None: token, log = z["token"].tolist(), z["log"]
-                order = {t: i for i, t in enumerate(z["token"].tolist())}
-                if set(order) != set(token): raise ValueError(f"{f}: scored {len(order)} frames, another group {len(token)}, or others: all planners need the same frames")
-                rows = np.array([order[t] for t in token])
-                for k in (k for k in z.files if k.count("/") == 2):
-                    version, arm, column = k.split("/")
-                    values[version].setdefault(arm, {})[column] = np.atleast_2d(z[k])[:, rows]
-        return cls(log, values)
-
-
 _V1 = {"NC": "nc", "DAC": "dac", "TTC": "ttc", "C.": "comfort", "EP": "ep", "PDMS": "score"}
 _V2 = {"NC": "nc", "DAC": "dac", "DDC": "ddc", "TLC": "tlc", "EP": "ep", "TTC": "ttc", "LK": "lk", "C.": "hc", "EC": "ec", "EPDMS": "score"}
 NAVSIM_ROWS = {"human": "Human", "opendrivevla": "OpenDriveVLA*", "ikvla": "Ours (SFT)", "ikvla_grpo": "Ours†"}

@@ -6,7 +6,8 @@
 __all__ = ['ANALYSES', 'NAVSIM_ROWS', 'NAVSIM_MORE', 'RHO_M', 'REACTION_M', 'as_cell', 'mean_cell', 'a_row', 'named',
            'navsim_table', 'main_grain', 'table6', 'table7', 'table8', 'gain', 'table9', 'yaw_separation', 'pearson',
            'spearman', 'correlation', 'seed_l2', 'table10a', 'table10b', 'table5_stitching', 'table12',
-           'corruption_tables', 'table16', 'effects', 'verdicts', 'plan_findings', 'analysis_findings', 'explained']
+           'corruption_tables', 'table16', 'effects', 'verdicts', 'language_claims', 'stages_behind', 'plan_findings',
+           'analysis_findings', 'explained']
 
 # %% ../../nbs/80_evaluation/74_ikvla_tables.ipynb #c003
 from collections.abc import Callable
@@ -328,6 +329,19 @@ def verdicts(
         out.append({"id": c["id"], "verdict": verdict(c["kind"], i.value, (i.low, i.high), c["threshold"], c["margin"]), "effect": i.value, "interval": [i.low, i.high], "threshold": c["threshold"],
                     "margin": c["margin"], "n": n, "samples": samples, "seeds": seeds, "profile": profile, "note": seeds_note(seeds)})
     return out
+
+def language_claims(
+    found: dict,         # claim -> {effect, interval, n, seeds, note} of the language stage
+    claims: list, profile: str,
+) -> list:
+    "The claims that rest on texts, in the same form."
+    out = verdicts({k: (Interval(f["effect"], *f["interval"]), f["n"], f.get("samples", f["n"]), f["seeds"]) for k, f in found.items()}, claims, profile)
+    return [{**c, "note": "; ".join(x for x in (c["note"], found[c["id"]].get("note")) if x)} for c in out]
+
+
+def stages_behind(tables: dict) -> list:
+    "All stages that the rows of some tables name."
+    return sorted({s for t in tables.values() for r in (t["rows"] if isinstance(t, dict) else t) for s in r.get("stages", ())})
 
 # %% ../../nbs/80_evaluation/74_ikvla_tables.ipynb #c024
 def _listed(values: dict, digits: int = 3) -> str: return ", ".join(f"{k} {v:.{digits}f}" for k, v in values.items())

@@ -205,7 +205,7 @@ def plan_of(
     tokenizer,
 ) -> "np.ndarray | None":          # (8, 3) x, y, heading; None when the answer is malformed
     "The plan that an answer states."
-    words = tokenizer.base.convert_ids_to_tokens(list(tokens))
+    words = [w or "" for w in tokenizer.base.convert_ids_to_tokens([int(t) for t in tokens])]  # ids above the vocabulary have no word
     if "<trajectory>" not in words: return None
     words = words[words.index("<trajectory>") + 1:]
     if "<|im_end|>" not in words: return None

@@ -44,7 +44,7 @@ def spread(
     "Rows spaced evenly within every scene."
     if per_scene <= 0: return np.arange(len(scene))
     parts = [np.flatnonzero(scene == s) for s in np.unique(scene)]
-    return np.sort(np.concatenate([p[np.unique(np.linspace(0, len(p) - 1, per_scene + 2)[1:-1].round().astype(int))] for p in parts]))
+    return np.sort(np.concatenate([p[((np.arange(min(per_scene, len(p))) + 0.5) * len(p) / min(per_scene, len(p))).astype(int)] for p in parts]))
 
 # %% ../../nbs/80_evaluation/70_ikvla_analyses.ipynb #c008
 @dataclass(frozen=True)

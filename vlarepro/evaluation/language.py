@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'TABLES', 'ROWS', 'EXTRA', 'NOT_RUN_NOTE', 'INSTANCE', 'Asked', 'ask', 'say', 'frequent_answers',
-           'caption_parts', 'qa_parts', 'Told', 'told_interval', 'language_tables', 'judge_language']
+           'caption_parts', 'qa_parts', 'Told', 'told_interval', 'language_tables', 'judge_language',
+           'plan_before_after']
 
 # %% ../../nbs/80_evaluation/42_language.ipynb #c003
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ..core.seeds import rng
-from ..methods.ikvla.language import CAPTION, EXPLANATION, Turn, answer, words_of
+from ..core.seeds import rng, torch_rng
+from ..methods.ikvla.language import answer
+from ..methods.ikvla.planner import load_part, plan_heads, plan_text
+from ..methods.ikvla.tasks import DriveData, cache_states
 from ..scoring.captions import bleu_counts, bleu_of, cider, rouge_l, tokenize
 from ..scoring.qa import QA_COLUMNS
 from ..scoring.statistics import Interval, bootstrap_means, mean_of, seeds_note, verdict
+from ..training.ikvla_language import TALKERS, load_talker
 
 # %% ../../nbs/80_evaluation/42_language.ipynb #c006
 @dataclass(frozen=True)
@@ -191,3 +196,32 @@ def judge_language(
     return {"id": claim["id"], "verdict": verdict(claim["kind"], smaller.value, (smaller.low, smaller.high), claim["threshold"], claim["margin"]), "effect": smaller.value,
             "interval": [smaller.low, smaller.high], "threshold": claim["threshold"], "margin": claim["margin"], "n": len(np.unique(told.asked.scene)),
             "samples": len(np.unique(told.asked.token)), "seeds": n_seeds, "profile": profile, "note": note}
+
+# %% ../../nbs/80_evaluation/42_language.ipynb #c017
+def _plan(folder: Path, run: str, model, config, tokenizer, data: DriveData, seed: int):
+    "Paths of a planning run's own head, read from a language model's states."
+    if run == "text": return plan_text(model, config, tokenizer, data)[:, 0]
+    states = cache_states(model, data, tokenizer, style=config.style)
+    return plan_heads(load_part(folder / run / "ik")[0], config, states["current"], states["predicted"], 1, torch_rng("ikvla-plan", seed))[:, 0]
+
+
+def plan_before_after(
+    sft: "str | Path",        # planning runs: <group>/seed-<s>/<run>
+    language: "str | Path",   # talking models: seed-<s>/<arm>
+    arms: dict,               # arm -> group of its planning run
+    seeds: list,
+    data: DriveData,
+) -> dict:                    # arm -> ADE before and after [m]
+    "ADE of each arm's planner before and after it learned to talk."
+    out = {}
+    for arm, group in arms.items():
+        run, ade = TALKERS[arm].run, {"before": [], "after": []}
+        for s in seeds:
+            folder = Path(sft) / group / f"seed-{s}"
+            models = {"before": load_part(folder / run / "llm")[0], "after": load_talker(Path(language) / f"seed-{s}" / arm)}
+            model, tokenizer, config, _ = models["after"]
+            for when, m in (("before", models["before"]), ("after", model)):
+                path = _plan(folder, run, m, config, tokenizer, data, s)
+                ade[when].append(float(np.linalg.norm(path[..., :2] - data.future[..., :2], axis=-1).mean()))
+        out[arm] = {f"ADE {k} [m]": float(np.mean(v)) for k, v in ade.items()}
+    return out

@@ -29,14 +29,15 @@ from .sft import sft
 @dataclass(frozen=True)
 class Talker:
     "An arm of the language tables."
-    run: str      # the planning run whose language model goes on
-    row: str = ""  # row of the paper's tables; "" for arms of ours
+    run: str                # the planning run whose language model goes on
+    objects: bool = False   # reads object tokens (`object_tokens`) in place of image tokens
     note: str = ""
 
 
 TALKERS = {
-    "ikvla": Talker("nsp", "Ours-0.5B"),
-    "opendrivevla": Talker("text", "OpenDriveVLA-0.5B", "image tokens as ours; the paper's baseline reads BEV tokens"),
+    "ikvla": Talker("nsp", note="the full model"),
+    "opendrivevla_bev": Talker("text", True, "the paper's baseline of these tables: object tokens, here of a detector without errors"),
+    "opendrivevla": Talker("text", note="the same with image tokens, as ours"),
     "blind_nsp": Talker("nsp_blind", note="control: no image; ego status and goal alone"),
 }
 
@@ -63,12 +64,18 @@ def talk_tokenizer(config: IKVLAConfig, words: tuple):
 def start_model(
     folder: "str | Path",   # checkpoint of a planning run's language model
     tokenizer,              # with the corpus' words
-    seed: int,              # of the new words' rows
+    seed: int,              # of the new words' rows, and of a new projector
+    objects: "tuple | None" = None,  # (objects, width) of object tokens that take the image tokens' places
 ) -> tuple:                 # model, IKVLAConfig, its info
-    "The planning run's language model, with room for words."
+    "The planning run's language model, with room for words, maybe with other eyes."
     info = load_config(folder)
     config = strict(IKVLAConfig, info["model"])
     model = load_checkpoint(folder, make_llm(config, config.shape(**info["state"]), info["run"], 0))
+    if objects is not None:
+        info |= {"model": {**info["model"], "merge": 1}, "state": dict(zip(("n_tokens", "feature_width"), objects))}
+        config = strict(IKVLAConfig, info["model"])
+        other, shape = make_llm(config, config.shape(**info["state"]), info["run"], seed), config.shape(**info["state"])
+        model.projector, model.cell, model.shape = other.projector, other.cell, shape
     return grow_vocabulary(model, tokenizer, seed), config, info
 
 
@@ -85,7 +92,7 @@ def load_talker(
 # %% ../../nbs/70_training/24_ikvla_language.ipynb #c010
 def train_talker(
     settings: LanguageSettings, arm: str,
-    data, turns: list,          # training samples and their turns
+    data, turns: list,          # training samples and their turns; `features` holds what the arm looks at
     start: "str | Path",        # checkpoints of the planning run, of this seed: <run>/llm
     seed: int, out: "str | Path", scratch: "str | Path", device: str = "cpu",
 ) -> list:                      # loss history
@@ -94,8 +101,9 @@ def train_talker(
     run, words = TALKERS[arm].run, corpus_words(turns)
     config = strict(IKVLAConfig, load_config(Path(start) / run / "llm")["model"])
     tokenizer = talk_tokenizer(config, words)
-    model, config, info = start_model(Path(start) / run / "llm", tokenizer, seed)
-    task = TalkTask(data, turns, model, tokenizer, RUNS[run].text, settings.questions, settings.p_front, settings.p_unknown, config.style, device)
+    objects = tuple(data.features.shape[1:]) if TALKERS[arm].objects else None
+    model, config, info = start_model(Path(start) / run / "llm", tokenizer, seed, objects)
+    task = TalkTask(data, turns, model, tokenizer, RUNS[run].text, settings.questions, 0.0 if objects else settings.p_front, settings.p_unknown, config.style, device)
     history = sft(task, settings.phase.config(seed, device, llm=settings.phase.lr), Path(scratch) / f"{arm}.safetensors", f"{arm} talks, seed {seed}")
     if not dist.is_initialized() or dist.get_rank() == 0: save_checkpoint(Path(out) / arm, model, {**info, "words": list(words)})
     return history
@@ -110,6 +118,7 @@ def _work(settings, source, language, arm, start, seed, out, scratch, device, th
 def train_talkers(
     settings: LanguageSettings,
     source: dict,               # arguments of `load_drives`
+    objects: "str | Path | None",  # npy of object tokens of all keyframes; None when no arm reads them
     language: "str | Path",     # folder of the texts
     starts: dict,               # arm -> folder of its planning runs, with seed-<s> inside
     seeds: list, out: "str | Path", scratch: "str | Path",
@@ -117,7 +126,9 @@ def train_talkers(
 ) -> dict:                      # seed -> arm -> loss history
     "Train every arm for every seed."
     todo = [(arm, s) for s in seeds for arm in starts]
-    args = lambda arm, s: (settings, source, str(language), arm, str(Path(starts[arm]) / f"seed-{s}"), s, str(out), str(scratch), device, threads)
+    if objects is None and (needy := [a for a in starts if TALKERS[a].objects]): raise ValueError(f"{needy} read object tokens: give `objects`, the file of `object_tokens` of all keyframes")
+    sources = {a: {**source, "features": str(objects), "front": None} if TALKERS[a].objects else source for a in starts}
+    args = lambda arm, s: (settings, sources[arm], str(language), arm, str(Path(starts[arm]) / f"seed-{s}"), s, str(out), str(scratch), device, threads)
     if workers > 1:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -16,7 +16,7 @@ from ..core.paths import read_json
 from .ikvla_language import LanguageSettings, train_talkers
 
 # %% ../../nbs/70_training/25_language_entry.ipynb #c004
-KEYS = {"settings", "source", "language", "starts", "seeds", "out", "scratch", "workers", "device", "threads"}
+KEYS = {"settings", "source", "objects", "language", "starts", "seeds", "out", "scratch", "workers", "device", "threads"}
 
 
 def run_config(

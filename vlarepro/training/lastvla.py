@@ -216,13 +216,18 @@ def open_source(settings: LaSTSettings, source: dict, questions: bool = False) -
     return data, [captions[tokens[k]] for k in data.windows.keyframe], [(i, ask(q), q["answer"]) for i, q in asked] or None
 
 
-def _work(settings, source, name, seed, out, scratch, with_questions, device, threads):
+_opened: dict = {}  # a process trains several arms on one set of data
+
+
+def _work(settings, source, name, seed, out, scratch, asked, device, threads):
     set_threads(threads)
-    data, _, questions = open_source(settings, source, with_questions)
+    key = json.dumps([source, bool(asked)], sort_keys=True)
+    if key not in _opened: _opened.clear(); _opened[key] = open_source(settings, source, bool(asked))
+    data, _, questions = _opened[key]
     tokenizer = HFTokenizer(load_tokenizer(Path(out) / "tokenizer"))
     folder = Path(out) / f"seed-{seed}"
     base = load_model(folder / ("base_large" if arm(name).large else "base"), tokenizer)
-    return train_arm(settings, data, tokenizer, name, base, seed, folder, Path(scratch) / f"seed-{seed}", questions, device)
+    return train_arm(settings, data, tokenizer, name, base, seed, folder, Path(scratch) / f"seed-{seed}", questions if name in asked else None, device)
 
 
 def train_arms(
@@ -252,7 +257,7 @@ def train_arms(
     set_threads(threads)
     cost = lambda n: -(2 if arm(n).reasoning == "text" else 1) * (20 if arm(n).feedback else 1) * (1.5 if n in questions else 1)
     todo = sorted(((n, s) for n in arms for s in seeds), key=lambda t: (cost(t[0]), t))
-    args = lambda n, s: (settings, source, n, s, str(out), str(scratch), n in questions, device, threads)
+    args = lambda n, s: (settings, source, n, s, str(out), str(scratch), list(questions), device, threads)
     if workers > 1:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool: done = [f.result() for f in [pool.submit(_work, *args(*t)) for t in todo]]

@@ -91,6 +91,11 @@ def _padded(rows, pad, left):
     return np.array([[pad] * (longest - len(r)) + r if left else r + [pad] * (longest - len(r)) for r in rows], np.int64)
 
 
+def _encode(tokenizer, texts):
+    "All texts at once: one call is ten times faster than one a text."
+    return tokenizer.base(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+
 def user_text(
     w: Windows, i: int,
     numbers: bool,       # status and history as number tokens too
@@ -111,7 +116,7 @@ def planning_prompts(
     users = [prompt_text(user_text(w, i, numbers), layout.n_scene, layout.block()) for i in range(len(w))]
     says = [(data.thoughts[i] if reasoning == "text" else "") + trajectory_text(w.future[i, :, :2]) + "<|im_end|>" for i in range(len(w))]
     pad = tokenizer.id("<|endoftext|>")
-    return Prompts(*(_padded([tokenizer.encode(t) for t in texts], pad, left) for texts, left in ((users, True), (says, False))), pad, np.arange(len(w)))
+    return Prompts(*(_padded(_encode(tokenizer, texts), pad, left) for texts, left in ((users, True), (says, False))), pad, np.arange(len(w)))
 
 
 def question_prompts(
@@ -123,7 +128,7 @@ def question_prompts(
     w, pad = data.windows, tokenizer.id("<|endoftext|>")
     users = [prompt_text(user_text(w, r, numbers) + (f"<question_start>{q}<question_end>" if q else ""), layout.n_scene, layout.block()) for r, q, _ in questions]
     says = [f"<answer_start>{a}<answer_end><|im_end|>" for _, _, a in questions]
-    return Prompts(*(_padded([tokenizer.encode(t) for t in texts], pad, left) for texts, left in ((users, True), (says, False))), pad, np.array([r for r, _, _ in questions]))
+    return Prompts(*(_padded(_encode(tokenizer, texts), pad, left) for texts, left in ((users, True), (says, False))), pad, np.array([r for r, _, _ in questions]))
 
 # %% ../../../nbs/60_methods/lastvla/50_tasks.ipynb #c012
 class LaSTTask:

@@ -134,7 +134,14 @@ class SpanVLA(nn.Module):
         def parts(): self.status = nn.Sequential(nn.Linear(HISTORY, self.vlm.width), nn.GELU(), nn.Linear(self.vlm.width, self.vlm.width))
         seeded(parts, seed + 2)
         self.scale = Normaliser((HISTORY,))
+        closed = torch.zeros(padded_size(tokenizer), dtype=torch.bool)
+        closed[[self.scene, self.ego, tokenizer.pad_token_id]] = True
+        self.register_buffer("closed", closed, persistent=False)   # placeholders, which nobody may write
         self.to(self.vlm.device)
+
+    def allow(self, logits: Float[torch.Tensor, "*b v"], i: int = 0) -> Float[torch.Tensor, "*b v"]:
+        "The hook for `DrivingVLM.generate`: a placeholder is never written."
+        return logits.masked_fill(self.closed, -torch.inf)
 
     def told(self, history: Float[torch.Tensor, "b h"]) -> Float[torch.Tensor, "b w"]:
         "The ego status as an embedding; zero in a model that reads it as text alone."
@@ -223,7 +230,7 @@ def reason(
 ) -> "tuple[Written, torch.Tensor, torch.Tensor]":  # and the raw tokens (b, s) with those that count
     "Write until the hand-over token."
     prefix = self.prefill(ids, mask, looks, history)
-    tokens, counts = self.vlm.generate(prefix, max_new or self.config.max_reasoning, (self.handover, self.end), pick, on_token=self.on_token(history))
+    tokens, counts = self.vlm.generate(prefix, max_new or self.config.max_reasoning, (self.handover, self.end), pick, self.allow, self.on_token(history))
     return self.written(tokens, counts), tokens, counts
 
 
@@ -268,7 +275,7 @@ def act(
     full, real, _ = sequence(ids.cpu().numpy(), mask.cpu().numpy(), reasonings, self.tokenizer.pad_token_id, ids.device)
     order = torch.argsort(real.int(), dim=1, stable=True)         # padding to the left, so that all end at one place
     full, real = full.gather(1, order), real.gather(1, order)
-    return self.vlm.generate(self.prefill(full, real, looks, history), self.config.waypoints + 2, (self.end,), pick, on_token=self.on_token(history))
+    return self.vlm.generate(self.prefill(full, real, looks, history), self.config.waypoints + 2, (self.end,), pick, self.allow, self.on_token(history))
 
 # %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c021
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

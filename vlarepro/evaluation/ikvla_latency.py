@@ -27,20 +27,20 @@ from ..models.visual_encoder import EncoderConfig, VisualEncoder
 
 # %% ../../nbs/80_evaluation/73_ikvla_latency.ipynb #c006
 def milliseconds(
-    call: Callable,           # what is timed
-    repeats: int, warmup: int = 1,
+    call: Callable,             # what is timed
+    repeats: int,               # at most
+    seconds: float = 60.0,      # no further repeat begins after this time [s]
     device: str = "cpu",
-) -> dict:                    # value (median), low, high (extremes), n
-    "Time a call."
+) -> dict:                      # value (median), low, high (extremes), n
+    "Time a call that is warm already."
     wait = torch.cuda.synchronize if str(device).startswith("cuda") else (lambda: None)
     if repeats < 1: raise ValueError(f"repeats: at least one is needed, got {repeats}")
-    for _ in range(warmup): call()
-    out = []
-    for _ in range(repeats):
+    out, begin = [], time.perf_counter()
+    while len(out) < repeats and (not out or time.perf_counter() - begin < seconds):
         wait(); start = time.perf_counter()
         call()
         wait(); out.append(1e3 * (time.perf_counter() - start))
-    return {"value": float(np.median(out)), "low": min(out), "high": max(out), "n": repeats}
+    return {"value": float(np.median(out)), "low": min(out), "high": max(out), "n": len(out)}
 
 # %% ../../nbs/80_evaluation/73_ikvla_latency.ipynb #c009
 @dataclass(frozen=True)
@@ -108,13 +108,15 @@ def _eyes(m: CostModel, device):
 # %% ../../nbs/80_evaluation/73_ikvla_latency.ipynb #c011
 def measure_latency(
     models: "dict[str, CostModel]",
-    steps: list, repeats: int, warmup: int, device: str = "cpu",
+    steps: list, repeats: int, seconds: float, warmup: int,   # warmup: runs of the whole before any part is timed
+    device: str = "cpu",
 ) -> dict:      # model -> part -> {value, low, high, n} [ms]
     "Time every part of every model, one model in memory at a time."
     out = {}
     for name, m in models.items():
         calls = cost_calls(m, steps, device)
-        out[name] = {part: milliseconds(calls[part], repeats, warmup, device) for part in progress(list(calls), f"latency of {name}")}
+        for _ in range(warmup): calls["end to end"](); calls["text"]()
+        out[name] = {part: milliseconds(calls[part], repeats, seconds, device) for part in progress(list(calls), f"latency of {name}")}
         del calls
     return out
 

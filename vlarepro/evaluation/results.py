@@ -39,7 +39,7 @@ def stage_records(
     return out
 
 
-_STAGE = re.compile(r"([a-z0-9]+-[a-z]+)(?:-(.+))?$")
+_STAGE = re.compile(r"(.+-(?:ikvla|spanvla|specdec|lastvla))(?:-(.+))?$")
 
 
 def _target(stage: str, profile: str) -> str:

@@ -18,7 +18,7 @@ from ..core.paths import write_json
 from ..core.seeds import key_seed, rng
 from ..data.tokenizer import encode
 from ..data.windows import Windows
-from ..methods.spanvla.answers import make_tokenizer, reasoning_text
+from ..methods.spanvla.answers import make_tokenizer, pretrained_tokenizer, reasoning_text
 from ..methods.spanvla.arms import BRIDGES
 from ..methods.spanvla.bridge import Bridge, BridgeConfig, read
 from ..methods.spanvla.model import Drives, ModelConfig, SpanVLA, answers_of, drives_of, make_codebook, sequence
@@ -132,7 +132,7 @@ def train_spanvla(
     "Codebook and tokenizer, language model, bridges."
     out, scratch, c = Path(out), Path(scratch), settings.model
     texts = [reasoning_text(traces[int(k)]) for k in w.keyframe]
-    tok = make_tokenizer(texts[:: max(1, len(texts) // 6000)], c.vocab, c.codebook)
+    tok = make_tokenizer(texts[:: max(1, len(texts) // 6000)], c.vocab, c.codebook) if c.tokenizer is None else pretrained_tokenizer(c.tokenizer, c.codebook)
     drives = training_drives(w, features, traces, None, tok, c)
     book = make_codebook(c, drives.path, rng("spanvla-codebook"))
     model = SpanVLA(c, tok, book, features.shape[2], seed, device=device)

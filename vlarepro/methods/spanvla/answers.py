@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HANDOVER', 'THINK_OPEN', 'THINK_CLOSE', 'SAYS', 'reasoning_text', 'action_names', 'mode_of', 'make_tokenizer',
-           'prompt_of', 'says', 'aligned', 'length_penalty']
+           'pretrained_tokenizer', 'prompt_of', 'says', 'aligned', 'length_penalty']
 
 # %% ../../../nbs/60_methods/spanvla/20_answers.ipynb #c003
 import math
@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 from ...data.prompts import PromptConfig, sample_prompt
-from ...data.tokenizer import base_corpus, train_tokenizer
+from ...data.tokenizer import add_driving_tokens, base_corpus, train_tokenizer
 from ...world.traces import THINK
 
 # %% ../../../nbs/60_methods/spanvla/20_answers.ipynb #c006
@@ -47,6 +47,17 @@ def make_tokenizer(
 ):
     "A tokenizer that knows the prompts, the reasoning and the actions."
     return train_tokenizer([*base_corpus(("compact",)), *texts], vocab_size, (THINK_OPEN, THINK_CLOSE, HANDOVER, *action_names(actions)))
+
+
+def pretrained_tokenizer(
+    name: str,            # folder or name, such as Qwen's
+    actions: int,
+):
+    "A pretrained tokenizer with the tags and the actions above its vocabulary (AutoVLA puts them there, too)."
+    from transformers import AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(name)
+    add_driving_tokens(tok, (THINK_OPEN, THINK_CLOSE, HANDOVER, *action_names(actions)))
+    return tok
 
 
 def prompt_of(

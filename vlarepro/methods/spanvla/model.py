@@ -119,6 +119,7 @@ class ModelConfig:
     ego_token: bool = True
     max_reasoning: int = 96       # tokens, hand-over included
     tokenizer: "str | None" = None  # folder or name of a pretrained one; None: trained on the traces
+    pretrained: bool = False        # load a named language model with its weights
 
 
 class SpanVLA(nn.Module):
@@ -130,7 +131,7 @@ class SpanVLA(nn.Module):
         self.scene, self.ego = special["scene"], special["ego"]
         self.handover, self.end = (tokenizer.convert_tokens_to_ids(t) for t in (HANDOVER, "<|im_end|>"))
         self.first_action = tokenizer.convert_tokens_to_ids("<action_0>")
-        self.vlm = DrivingVLM(config.vlm, padded_size(tokenizer), self.scene, [Grid(*g) for g in config.grids], token_width=token_width, seed=seed, **build)
+        self.vlm = DrivingVLM(config.vlm, padded_size(tokenizer), self.scene, [Grid(*g) for g in config.grids], token_width=token_width, seed=seed, pretrained=config.pretrained, **build)
         def parts(): self.status = nn.Sequential(nn.Linear(HISTORY, self.vlm.width), nn.GELU(), nn.Linear(self.vlm.width, self.vlm.width))
         seeded(parts, seed + 2)
         self.scale = Normaliser((HISTORY,))

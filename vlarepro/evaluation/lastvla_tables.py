@@ -79,9 +79,13 @@ TRAINING = ("full", "one_stage", "frozen_backbone", "latent_sequential", "adapte
 
 def ablation(scores: NavsimScores, stages: dict, arms: dict, extra: tuple = (), before: bool = False) -> list:
     "PDMS of arms that are all after reinforcement, or all before it; rows of arms that are not there are left out."
-    have = [a for a in (*arms, *extra) if f"{a}@sft" in scores.values["v1"] or a in scores.values["v1"]]
-    chosen = {a: f"{a}@sft" for a in have} if before else final(scores.values["v1"], *have)
+    names = scores.values["v1"]
+    have = [a for a in arms if f"{a}@sft" in names or a in names]
+    chosen = {a: f"{a}@sft" for a in have} if before else final(names, *have)
     if not chosen: return []
+    mark = next(iter(chosen.values())).removeprefix(have[0])
+    chosen |= {a: a + mark for a in extra if a + mark in names}
+    have += [a for a in extra if a in chosen]
     note = "before reinforcement" if any(v.endswith("@sft") for v in chosen.values()) else None
     return [row(scores, "v1", chosen[a], arms.get(a, LABELS[a]), {"PDMS": "score"}, stages, extra=a not in arms, note=note) for a in have]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WM_NAME', 'GEO_NAME', 'ModelSettings', 'LaSTSettings', 'load_data', 'base_questions', 'world_questions', 'ask',
            'model_config', 'save_model', 'load_model', 'start_from', 'train_base', 'joint_phase', 'train_arm',
-           'open_source', 'train_arms']
+           'open_source', 'pretrained_tokenizer', 'train_arms']
 
 # %% ../../nbs/70_training/50_lastvla.ipynb #c003
 import json
@@ -21,12 +21,12 @@ import torch.distributed as dist
 from ..core.params import strict
 from ..core.paths import read_json, write_json
 from ..core.seeds import rng, set_threads
-from ..data.tokenizer import load_tokenizer, save_tokenizer
+from ..data.tokenizer import add_driving_tokens, load_tokenizer, save_tokenizer
 from ..data.windows import load_windows
 from ..methods.ikvla.model import HFTokenizer
 from ..methods.lastvla.arms import arm, layout_of, phases
 from ..methods.lastvla.model import LaSTConfig, LaSTVLA, make_tokenizer
-from ..methods.lastvla.sequence import Layout
+from ..methods.lastvla.sequence import LATENT_TOKENS, Layout
 from ..methods.lastvla.tasks import LaSTData, LaSTTask, covered, fit_inputs, planning_prompts, question_prompts, synthetic_data
 from ..models.checkpoints import load_checkpoint, save_checkpoint
 from ..models.features import load_features
@@ -48,8 +48,9 @@ class ModelSettings:
     n_geo: int                  # geometry latents
     adapter_width: int
     adapter_layers: int
-    vocab: int                  # entries of the BPE
+    vocab: "int | str"          # entries of the BPE, or the folder of a pretrained tokenizer
     numbers: bool               # status and history as text too
+    pretrained: bool = False    # load the backbone's weights by name
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def model_config(settings: LaSTSettings, name: "str | None", data: LaSTData, lar
     layout = layout_of(a, data.n_scene, groups.get("wm", 3), m.n_dyn, m.n_geo) if a else Layout(data.n_scene, 0, 0, 0)
     teachers = {k: (s.shape[0], s.shape[2] * len(m.cameras), data.teachers[k].values.shape[-1]) for k, s in data.slots.items() if a and k in a.teachers}
     big = a.large if a else large
-    return LaSTConfig(m.large if big else m.backbone, layout, (tuple(m.grid),) * len(m.cameras), data.features.shape[-1], teachers, m.adapter_width, m.adapter_layers, bool(a and a.feedback), m.family)
+    return LaSTConfig(m.large if big else m.backbone, layout, (tuple(m.grid),) * len(m.cameras), data.features.shape[-1], teachers, m.adapter_width, m.adapter_layers, bool(a and a.feedback), m.family, m.pretrained)
 
 
 def save_model(folder: "str | Path", model: LaSTVLA, **more):
@@ -219,6 +220,13 @@ def open_source(settings: LaSTSettings, source: dict, questions: bool = False) -
 _opened: dict = {}  # a process trains several arms on one set of data
 
 
+def pretrained_tokenizer(folder: str) -> HFTokenizer:
+    "A pretrained tokenizer with the tokens of LaST-VLA added."
+    base = load_tokenizer(folder)
+    add_driving_tokens(base, LATENT_TOKENS)
+    return HFTokenizer(base)
+
+
 def _work(settings, source, name, seed, out, scratch, asked, device, threads):
     set_threads(threads)
     key = json.dumps([source, bool(asked)], sort_keys=True)
@@ -248,7 +256,7 @@ def train_arms(
     data, captions, asked = open_source(settings, source, bool(questions))
     some = rng("lastvla-corpus").choice(len(data), min(len(data), 2000), replace=False)
     corpus = [t for i in some for t in (captions[i], data.thoughts[i])] + [x for _, q, a in (asked or [])[:2000] for x in (q, a)] + ["why"] * 8
-    tokenizer = make_tokenizer(corpus, settings.model.vocab)
+    tokenizer = make_tokenizer(corpus, settings.model.vocab) if isinstance(settings.model.vocab, int) else pretrained_tokenizer(settings.model.vocab)
     save_tokenizer(tokenizer.base, out / "tokenizer")
     set_threads(threads * workers)
     for s in seeds:

@@ -52,6 +52,7 @@ class LaSTConfig:
     adapter_layers: int = 1
     feedback: bool = False        # latents are fed back instead of being read in one pass
     family: str = "qwen2.5-vl"
+    pretrained: bool = False      # load the backbone's weights by name
 
 
 class LaSTVLA(nn.Module):
@@ -61,8 +62,8 @@ class LaSTVLA(nn.Module):
         self.cfg, self.layout, self.special = cfg, cfg.layout, special_ids(tokenizer)
         grids = [Grid(*g) for g in cfg.grids]
         if sum(g.n for g in grids) != cfg.layout.n_scene: raise ValueError(f"the layout has {cfg.layout.n_scene} visual tokens, the grids {cfg.grids} have {sum(g.n for g in grids)}")
-        self.vlm = DrivingVLM(cfg.backbone, tokenizer.size, self.special["scene"], grids, token_width=cfg.token_width, seed=seed, family=cfg.family, **build)
-        give_number_sense(self.vlm.hf.get_input_embeddings(), tokenizer, seed)
+        self.vlm = DrivingVLM(cfg.backbone, tokenizer.size, self.special["scene"], grids, token_width=cfg.token_width, seed=seed, family=cfg.family, pretrained=cfg.pretrained, **build)
+        if not cfg.pretrained: give_number_sense(self.vlm.hf.get_input_embeddings(), tokenizer, seed)
         w = self.vlm.width
         def parts():
             self.ego = nn.Sequential(nn.Linear(EGO_WIDTH, w), nn.GELU(), nn.Linear(w, w))

@@ -162,6 +162,7 @@ def made_up(seeds=3, n=120):
     rows, a = np.arange(0, n, 2), {}
     for k in ("gradcam", "states", "stitching"): a[f"rows/{k}"] = rows
     a |= {"gradcam/rows": np.arange(m), "floor/marginal": np.ones(n), "floor/within": np.full(n, .9), "floor/elements": np.array(4)}
+    a |= {f"stitching/features/{p}": g.random(m) for p in ("Near", "Far", "VeryFar", "Sky", "SkyFar")}
     a |= {f"facts/{k}": g.gamma(2, 1, n) for k in ("yaw_rate_radps", "speed_mps", "front_objects", "front_distance_m", "nearest_speed_mps", "turnover")}
     for arm, s in (("ikvla", seeds), ("opendrivevla", 1)):
         for p in ("Near", "Far", "VeryFar", "Sky", "SkyFar"):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['spread', 'Checkpoints', 'lidar_points', 'scene_facts', 'front_masks', 'frame_pairs', 'front_camera', 'front_views',
            'cam_maps', 'run_gradcam', 'deviations', 'masked', 'run_states', 'run_floor', 'stitched_planner',
-           'run_stitching', 'stitch_examples', 'run_corruption', 'run_sweep', 'save_analyses', 'Analyses']
+           'run_stitching', 'feature_changes', 'stitch_examples', 'run_corruption', 'run_sweep', 'save_analyses',
+           'Analyses']
 
 # %% ../../nbs/80_evaluation/70_ikvla_analyses.ipynb #c003
 from dataclasses import dataclass, replace
@@ -236,6 +237,15 @@ def run_stitching(
             for a, by in change.items():
                 for p, d in by.items(): out.setdefault(f"{mode}/{a}/{p}", []).append(d)
     return {k: np.stack(v) for k, v in out.items()}
+
+
+def feature_changes(
+    encoder: VisualEncoder, images: UInt8[np.ndarray, "m 2 v h w 3"], camera: Camera, view: int, speed_mps: Float[np.ndarray, " m"],
+) -> dict:      # placement -> (m,) mean squared change of the encoder's tokens, which have unit variance
+    "How much of a change a sprite is to the encoder, before any planner: a reaction has to be read beside it."
+    encode = lambda x: np.concatenate([encode_images(encoder, x[i:i + 64], np.ones((len(x[i:i + 64]), x.shape[2]), bool)).numpy() for i in range(0, len(x), 64)])
+    base = encode(images)
+    return {k: ((encode(x) - base) ** 2).mean((1, 2)) for k, x in stitched_sets(images, camera, view, speed_mps)}
 
 
 def stitch_examples(

@@ -7,7 +7,7 @@ __all__ = ['ANALYSES', 'NAVSIM_ROWS', 'NAVSIM_MORE', 'RHO_M', 'REACTION_M', 'as_
            'navsim_table', 'main_grain', 'table6', 'table7', 'table8', 'gain', 'table9', 'yaw_separation', 'pearson',
            'spearman', 'correlation', 'seed_l2', 'table10a', 'table10b', 'table5_stitching', 'table12',
            'corruption_tables', 'table16', 'effects', 'verdicts', 'language_claims', 'stages_behind', 'plan_findings',
-           'analysis_findings', 'explained']
+           'analysis_findings', 'gain_findings', 'explained']
 
 # %% ../../nbs/80_evaluation/74_ikvla_tables.ipynb #c003
 from collections.abc import Callable
@@ -37,9 +37,10 @@ def as_cell(i: Interval, n: int, seeds: int) -> dict:
     return {"value": i.value, "low": i.low, "high": i.high, "n": int(n), "seeds": int(seeds)}
 
 
-def mean_cell(v: Float[np.ndarray, "s n"], scenes: np.ndarray, *key, subset: "np.ndarray | None" = None) -> dict:
-    "Mean with its interval."
+def mean_cell(v: Float[np.ndarray, "s n"], scenes: np.ndarray, *key, subset: "np.ndarray | None" = None, percent: bool = False) -> dict:
+    "Mean with its interval; a percentage's stays between 0 and 100."
     i = bootstrap_means({"v": v}, scenes, mean_of("v"), rng=_rng(*key), n=DRAWS, subset=None if subset is None else {"v": subset})
+    if percent and i.low is not None: i = Interval(i.value, max(i.low, 0.0), min(i.high, 100.0))
     return as_cell(i, v.shape[1] if subset is None else subset.sum(), len(v))
 
 
@@ -72,7 +73,7 @@ def navsim_table(
         values = {}
         for c, k in columns.items():
             ok = np.isfinite(have[arm][k]).all(0)
-            values[c] = mean_cell(100 * have[arm][k][:, ok], s.log[ok], "navsim", version, arm, c) if ok.any() else {"value": None}
+            values[c] = mean_cell(100 * have[arm][k][:, ok], s.log[ok], "navsim", version, arm, c, percent=True) if ok.any() else {"value": None}
         rows.append(a_row(NAVSIM_ROWS[arm] if arm in printed else NAVSIM_MORE.get(arm, named(arm)), arm, values, len(have[arm]["score"]), stages.get(arm, []), arm not in printed))
     return rows
 
@@ -218,7 +219,7 @@ def table5_stitching(a: Analyses, scenes: np.ndarray) -> list:
     at, rows = scenes[a["rows/stitching"]], []
     def row(arm, name, extra, mode="standing", note=None):
         d = _changes(a, arm, mode)["Near"]
-        cells = {"decel_pct": mean_cell(100.0 * (d < 0), at, "5", arm, mode, "pct"), "mean_endpoint_change_m": mean_cell(d, at, "5", arm, mode, "m")}
+        cells = {"decel_pct": mean_cell(100.0 * (d < 0), at, "5", arm, mode, "pct", percent=True), "mean_endpoint_change_m": mean_cell(d, at, "5", arm, mode, "m")}
         rows.append(a_row(name, arm, cells, len(d), extra=extra, note=note))
     row("opendrivevla", "OpenDriveVLA-0.5B", False); row("ikvla", "Ours-0.5B", False)
     for arm in (x for x in _arms_of(a, "standing") if x not in ("ikvla", "opendrivevla")): row(arm, named(arm), True)
@@ -229,7 +230,7 @@ def table5_stitching(a: Analyses, scenes: np.ndarray) -> list:
 def table12(a: Analyses, scenes: np.ndarray) -> list:
     "Table 12, with the paired control and what a strong reaction to Near says about the others in the notes."
     at, rows = scenes[a["rows/stitching"]], []
-    for arm in ["ikvla", *(x for x in _arms_of(a, "standing") if x != "ikvla")]:
+    for arm in ("ikvla", "opendrivevla"):
         d = _changes(a, arm)
         pair, if_near = paired_control(d, at, _rng("12", arm)), given_reaction(d)
         notes = {"Far": f"larger than Sky-Far in {pair['larger_pct']:.1f} % [{pair['larger_low']:.1f}, {pair['larger_high']:.1f}] of frames; paired mean {pair['signed_m']:+.2f} m [{pair['signed_low']:+.2f}, {pair['signed_high']:+.2f}]"}
@@ -237,7 +238,7 @@ def table12(a: Analyses, scenes: np.ndarray) -> list:
         for p, x in d.items():
             cells = {"scale": {"value": PLACEMENTS[p].scale}, "mean_abs_delta_m": mean_cell(np.abs(x), at, "12", arm, p, "abs"), "signed_mean_delta_m": mean_cell(x, at, "12", arm, p, "signed"),
                      "median_m": as_cell(bootstrap({"x": x}, at, lambda v: float(np.median(v["x"])), rng=_rng("12", arm, p, "median"), n=400), x.shape[1], len(x)),
-                     "pct_abs_over_threshold": mean_cell(100.0 * (np.abs(x) > REACTION_M), at, "12", arm, p, "pct")}
+                     "pct_abs_over_threshold": mean_cell(100.0 * (np.abs(x) > REACTION_M), at, "12", arm, p, "pct", percent=True)}
             rows.append(a_row(_PLACES[p] if arm == "ikvla" else f"{named(arm)}: {_PLACES[p]}", arm, cells, len(x), extra=arm != "ikvla", note=notes.get(p)))
     return rows
 
@@ -375,15 +376,21 @@ def analysis_findings(a: Analyses, navsim: "NavsimScores | None" = None) -> dict
     g, spoilt = main_grain(a), [k.removesuffix("/ade") for k in a.under("corruption") if k.endswith("/ade")]
     ade = {k: a[f"corruption/{k}/ade"].mean(-1) for k in spoilt}
     out = {"C-C9": "frames that slow down [%]: " + _listed({"full model": 100 * (near["ikvla"] < 0).mean(), "OpenDriveVLA*": 100 * (near["opendrivevla"] < 0).mean()}, 1),
-           "C-C10": "mean absolute change [m]: " + _listed({k: np.abs(v).mean() for k, v in _changes(a, "ikvla").items()}, 2),
+           "C-C10": "mean absolute change [m]: " + _listed({k: np.abs(v).mean() for k, v in _changes(a, "ikvla").items()}, 2) + "; mean squared change of the encoder's tokens (variance 1): " +
+                    _listed({k: a[f"stitching/features/{k}"].mean() for k in PLACEMENTS}, 2),
            "C-C11": f"AP {_GRAINS[g]}: " + _listed({"full model": a[f"gradcam/{g}/ikvla/AP"].mean(), "OpenDriveVLA*": a[f"gradcam/{g}/opendrivevla/AP"].mean(), "a map without preference": a["gradcam/none/uniform/AP"].mean(),
                                                    "a Gaussian at the centre": a["gradcam/none/centre/AP"].mean()}),
            "C-C12": "next-state error over the variance given the command: " + _listed({"full model": s("ikvla", "mse"), "its image masked": s("ikvla", "masked"), "trained blind": s("blind_nsp", "mse"), "`nothing will change`": s("ikvla", "unchanged")}, 2),
-           "C-C13": "an intervention tells more than the correlation; ADE [m] with the true next state and with none of it left: " + "; ".join(f"{k} {v[0]:.2f} to {v[-1]:.2f}" for k, v in ade.items())}
+           "C-C13": "an intervention tells more than the correlation; ADE [m] with the true next state and with none of it left: " + "; ".join(f"{_KINDS[k.split('/')[1]]} {v[0]:.2f} to {v[-1]:.2f}" for k, v in ade.items() if k.startswith("oracle_next/"))}
     if navsim is not None and "ikvla_grpo" in navsim.values["v2"]:
         d = {k: 100 * float(np.nanmean(navsim.values["v2"]["ikvla_grpo"][c]) - np.nanmean(navsim.values["v2"]["ikvla"][c])) for k, c in (("EPDMS", "score"), ("EC", "ec"))}
         out["C-C14"] = "change by GRPO: " + _listed(d, 2)
     return out
+
+
+def gain_findings(rows: list) -> dict:  # rows of Table 9
+    "What Table 9 says about C-C5."
+    return {"C-C5": "; ".join(f"{r['row']} {r['values']['next-beneficial']['value']:.3f} against {r['values']['current-beneficial']['value']:.3f} {r['note'].split(' ')[0]}" for r in rows[:3])}
 
 
 def explained(claims: list, findings: dict) -> list:

@@ -510,3 +510,40 @@ def test_the_benchmark_reports_nothing_when_its_peer_disagrees(benchmark, monkey
     monkeypatch.setattr(slow, "HALF_WIDTH", 1.3)
     with pytest.raises(SystemExit, match="disagree"): benchmark.main()
     assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------- plans that are not finite
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_invalid_candidate_scores_zero_when_asked(scene, version, bad):
+    cache, plans, _ = scene
+    score = navsim_v1_pdms if version == "v1" else navsim_v2_epdms
+    good, broken = plans[:2], plans[2].copy()
+    broken[3, 1] = bad
+    mixed = np.stack([good[0], broken, good[1]])
+    with pytest.raises(ValueError, match="candidate 1 .*not finite"): score(cache, mixed)
+    got, alone = score(cache, mixed, invalid="zero"), score(cache, good)
+    assert got.valid.tolist() == [True, False, True] and alone.valid.all()
+    for c in got.COLUMNS:
+        np.testing.assert_array_equal(getattr(got, c)[[0, 2]], getattr(alone, c), err_msg=c)
+        assert getattr(got, c)[1] == 0, c
+    with pytest.raises(ValueError, match="invalid"): score(cache, mixed, invalid="nought")
+    with pytest.raises(ValueError, match=f"{cache.token}.*plans"): score(cache, np.zeros((4, 6, 3)), invalid="zero")
+
+
+def test_invalid_candidates_in_a_batch_and_none_left(scene):
+    cache, plans, _ = scene
+    nothing = np.full((2, 8, 3), np.nan)
+    for version in ("v1", "v2"):
+        a, b = score_batch([cache, cache], [nothing, plans], version, workers=1, invalid="zero")
+        assert not a.valid.any() and not a.score.any() and b.valid.all() and len(b.score) == len(plans)
+
+
+def test_an_invalid_earlier_plan_makes_its_candidate_invalid(scene):
+    cache, plans, previous = scene
+    before = previous.copy()
+    before[1] = np.nan
+    with pytest.raises(ValueError, match="previous.plans"): navsim_v2_epdms(cache, plans, previous_plans=before)
+    got, plain = navsim_v2_epdms(cache, plans, previous_plans=before, invalid="zero"), navsim_v2_epdms(cache, plans, previous_plans=previous)
+    assert got.valid.tolist() == [i != 1 for i in range(len(plans))] and got.ec[1] == got.score[1] == got.unfiltered[1] == 0
+    np.testing.assert_array_equal(np.delete(got.score, 1), np.delete(plain.score, 1))

@@ -32,9 +32,10 @@ class Tables:
         "Add a row with prev/next links to the row added before under the same key."
         before = self.last.get((table, key))
         row |= {"prev": before["token"] if before else "", "next": ""}
-        if before: before["next"] = row["token"]
-        self.last[(table, key)] = row
-        return self.add(table, **row)
+        added = self.add(table, **row)
+        if before and before["token"] != added: before["next"] = added
+        self.last[(table, key)] = self.seen[table][added]   # the row that is kept, not the arguments' copy
+        return added
 
     def log(self, name, location, mask_name):
         "A log and the map it was driven on; returns the log token."

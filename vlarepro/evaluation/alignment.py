@@ -77,7 +77,7 @@ def alignment_scores(
 
 
 def alignment_table(
-    scores: dict,                      # from `alignment_scores`
+    scores: dict,                      # from `alignment_scores`; with several seeds (s, m) instead of (m,)
     scenes: np.ndarray,                # (m,) scene of each scored sample
     rng: np.random.Generator,
     against: str = "centre",           # each arm's paired difference to this one is given too
@@ -86,7 +86,7 @@ def alignment_table(
     out = []
     for arm in scores:
         for k in METRICS:
-            v = {a: scores[a][k][None] for a in dict.fromkeys((arm, against))}
+            v = {a: np.atleast_2d(scores[a][k]) for a in dict.fromkeys((arm, against))}
             i: Interval = bootstrap_means({arm: v[arm]}, scenes, mean_of(arm), rng=rng)
             d = bootstrap_means(v, scenes, difference(arm, against), rng=rng) if arm != against else Interval(0.0, 0.0, 0.0)
             out.append({"arm": arm, "metric": k, "value": i.value, "low": i.low, "high": i.high, f"minus_{against}": d.value, "d_low": d.low, "d_high": d.high})

@@ -7,7 +7,7 @@ __all__ = ['DRAWS', 'EXTRA_ROWS', 'TABLE11_ARMS', 'CLAIMS', 'ArmScores', 'score_
            'table5', 'table11', 'judge']
 
 # %% ../../nbs/80_evaluation/40_ikvla.ipynb #c003
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +27,11 @@ class ArmScores:
     strata: "dict[str, np.ndarray]"             # name -> (n,) mask
     seeds: "tuple[int, ...]"
     made_by: "dict[str, str]"                   # arm -> the group of arms whose stages trained and evaluated it
+    fewer: "dict[str, tuple[int, ...]]" = field(default_factory=dict)  # arms that were trained with a part of the seeds
+
+    def seeds_of(self, *arms: str) -> "tuple[int, ...]":
+        "The seeds that all of some arms share."
+        return tuple(s for s in self.seeds if all(s in self.fewer.get(a, self.seeds) for a in arms))
 
     def of(self, arm: str, column: str) -> np.ndarray:
         if arm not in self.values: raise KeyError(f"no arm {arm!r} was evaluated in this profile: {nearest(arm, self.values)}")
@@ -45,7 +50,7 @@ def score_arms(
     for arm, plans in p.plans.items():
         s = score_openloop(plans.astype(np.float64), gt, valid, grids)
         out[arm] = {"ADE": s.l2.value.mean(-1), **{c: v.value for c, v in s.columns().items()}}
-    return ArmScores(out, table["scene"], {**gap_strata(table["cv_gap"]), **event_strata(table)}, p.seeds, made_by or {})
+    return ArmScores(out, table["scene"], {**gap_strata(table["cv_gap"]), **event_strata(table)}, p.seeds, made_by or {}, p.fewer)
 
 # %% ../../nbs/80_evaluation/40_ikvla.ipynb #c008
 DRAWS = 2000
@@ -63,7 +68,7 @@ def cell(
     "One cell of a table with its 95 % interval."
     keep = scores.strata[stratum]
     i = bootstrap_means({"a": scores.of(arm, column)}, scores.scenes, mean_of("a"), rng=_draw(scores, arm, column, stratum), n=DRAWS, subset={"a": keep})
-    return {"value": i.value, "low": i.low, "high": i.high, "n": int(keep.sum()), "seeds": len(scores.seeds)}
+    return {"value": i.value, "low": i.low, "high": i.high, "n": int(keep.sum()), "seeds": len(scores.seeds_of(arm))}
 
 
 def stages_of(scores: ArmScores, *arms: str) -> list:  # names of stages
@@ -81,12 +86,16 @@ def table_row(
     note: "str | None" = None,
 ) -> dict:
     "One row of a results file."
-    r = {"row": row, "arm": arm, "values": {c: cell(scores, arm, *src) for c, src in columns.items()}, "seeds": list(scores.seeds), "stages": stages_of(scores, arm)}
+    r = {"row": row, "arm": arm, "values": {c: cell(scores, arm, *src) for c, src in columns.items()}, "seeds": list(scores.seeds_of(arm)), "stages": stages_of(scores, arm)}
     return {**r, **({"extra": True} if extra else {}), **({"note": note} if note else {})}
 
 # %% ../../nbs/80_evaluation/40_ikvla.ipynb #c010
 EXTRA_ROWS = {  # arm -> how its row is named
     "ikvla_joint": "IK-VLA, trajectory gradient not stopped",
+    "ikvla_target": "IK-VLA, gradient through the next-state target too",
+    "ikvla_3s": "IK-VLA, next states at 1, 2 and 3 s only",
+    "ikvla_1s": "IK-VLA, next state at 1 s only",
+    "ikvla_narrow": "IK-VLA, next states through a token bottleneck",
     "ikvla_flat": "IK-VLA, flat IK head (ours)",
     "oracle_next": "control: true next state (oracle)",
     "oracle_next_flat": "control: true next state, flat head",
@@ -134,7 +143,7 @@ def table11(scores: ArmScores) -> list:  # rows
         for label, arm in TABLE11_ARMS.items():
             values[f"{label}_L2"] = cell(scores, arm, "STP3_L2m_Avg", stratum)
             values[f"{label}_Coll"] = cell(scores, arm, "STP3_Coll%_Avg", stratum)
-        rows.append({"row": name, "arm": "by_column", "values": values, "seeds": list(scores.seeds), "stages": stages_of(scores, *TABLE11_ARMS.values()),
+        rows.append({"row": name, "arm": "by_column", "values": values, "seeds": list(scores.seeds_of(*TABLE11_ARMS.values())), "stages": stages_of(scores, *TABLE11_ARMS.values()),
                      **({"extra": True} if stratum in events else {})})
     return rows
 
@@ -180,9 +189,10 @@ def judge(
     for c in claims:
         if c["id"] not in CLAIMS: continue
         parts, statistic = CLAIMS[c["id"]]
+        seeds = len(scores.seeds_of(*(a for a, *_ in parts.values())))
         e = _effect(scores, c["id"], parts, statistic)
         v = verdict(c["kind"], e.value, (e.low, e.high), c["threshold"], c["margin"])
         if e.low is None: raise ValueError(f"claim {c['id']}: no interval from {len(np.unique(scores.scenes))} scenes: evaluate more scenes")
         out.append({"id": c["id"], "verdict": v, "effect": e.value, "interval": [e.low, e.high], "threshold": c["threshold"], "margin": c["margin"],
-                    "n": len(np.unique(scores.scenes)), "samples": len(scores.scenes), "seeds": len(scores.seeds), "profile": profile, "note": seeds_note(len(scores.seeds))})
+                    "n": len(np.unique(scores.scenes)), "samples": len(scores.scenes), "seeds": seeds, "profile": profile, "note": seeds_note(seeds)})
     return out

@@ -6,7 +6,7 @@
 __all__ = ['Predictions', 'save_predictions', 'load_predictions']
 
 # %% ../../nbs/80_evaluation/10_predictions.ipynb #c003
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -21,10 +21,13 @@ class Predictions:
     tokens: np.ndarray              # (n,) sample tokens
     seeds: "tuple[int, ...]"        # training seeds; rule planners repeat one plan for all of them
     plans: "dict[str, np.ndarray]"  # arm -> (s, n, t, 2) x, y in the frame of the current lidar or rear axle [m]
+    fewer: "dict[str, tuple[int, ...]]" = field(default_factory=dict)  # arms that were trained with a part of the seeds
+
+    def seeds_of(self, arm: str) -> "tuple[int, ...]": return self.fewer.get(arm, self.seeds)
 
     def __post_init__(self):
         for arm, p in self.plans.items():
-            want = (len(self.seeds), len(self.tokens))
+            want = (len(self.seeds_of(arm)), len(self.tokens))
             if p.shape[:2] != want or p.shape[-1] != 2: raise ValueError(f"arm {arm!r}: expected plans ({want[0]}, {want[1]}, t, 2), got {p.shape}")
             if not np.isfinite(p).all(): raise ValueError(f"arm {arm!r}: {np.sum(~np.isfinite(p).all((-1, -2)))} plans are not finite: its training diverged")
 
@@ -46,18 +49,20 @@ def load_predictions(
     paths,                   # files of several groups
     tokens: np.ndarray,      # (n,) the samples that are to be scored, in order
 ) -> Predictions:
-    "Read and join the groups; every arm must have planned exactly these samples with the same seeds."
-    plans, seeds = {}, None
+    "Read and join the groups; every arm must have planned exactly these samples, with the same seeds or a part of them."
+    plans, seeds = {}, {}
     for path in paths:
         with np.load(path, allow_pickle=False) as z:
             order = {t: i for i, t in enumerate(z["tokens"].tolist())}
             missing = [t for t in tokens.tolist() if t not in order]
             if missing: raise ValueError(f"{path}: lacks {len(missing)} of {len(tokens)} samples, first {missing[0]}: rerun its evaluation")
             s = tuple(int(x) for x in z["seeds"])
-            if seeds is not None and s != seeds: raise ValueError(f"{path}: seeds {s}, other groups have {seeds}: arms must share their seeds")
-            seeds, rows = s, np.array([order[t] for t in tokens.tolist()])
+            rows = np.array([order[t] for t in tokens.tolist()])
             for k in z.files:
                 if not k.startswith("plan/"): continue
                 if k[5:] in plans: raise ValueError(f"{path}: arm {k[5:]!r} was already read from another group")
-                plans[k[5:]] = z[k][:, rows]
-    return Predictions(np.asarray(tokens), seeds or (), plans)
+                plans[k[5:]], seeds[k[5:]] = z[k][:, rows], s
+    most = max(seeds.values(), key=len, default=())
+    for arm, s in seeds.items():
+        if not set(s) <= set(most): raise ValueError(f"arm {arm!r} has seeds {s}, others {most}: arms must share their seeds, or have a part of them")
+    return Predictions(np.asarray(tokens), most, plans, {a: s for a, s in seeds.items() if s != most})

@@ -6,11 +6,12 @@
 __all__ = ['rounded', 'stage_records', 'with_command', 'write_results']
 
 # %% ../../nbs/80_evaluation/30_results.ipynb #c003
+import re
 from pathlib import Path
 
 import numpy as np
 
-from ..core.paths import atomic_dir, read_json, write_json
+from ..core.paths import atomic_dir, atomic_write, read_json, write_json
 from ..core.provenance import provenance
 
 # %% ../../nbs/80_evaluation/30_results.ipynb #c005
@@ -38,25 +39,45 @@ def stage_records(
     return out
 
 
+_STAGE = re.compile(r"(.+-(?:ikvla|spanvla|specdec|lastvla))(?:-(.+))?$")
+
+
+def _target(stage: str, profile: str) -> str:
+    "A stage as `dvc repro` names it: evaluate-ikvla-ik becomes evaluate-ikvla@laptop-ik."
+    m = _STAGE.match(stage)
+    return f"{stage}@{profile}" if m is None else f"{m[1]}@{profile}" + (f"-{m[2]}" if m[2] else "")
+
+
 def with_command(row: dict, profile: str) -> dict:
-    "Name the command that makes a row: its evaluation stages (DVC runs what they need first)."
-    stages = [s.rsplit("-", 1) for s in row.get("stages", []) if s.startswith("evaluate")]
-    return {**row, "command": "dvc repro " + " ".join(f"{a}@{profile}-{g}" for a, g in stages)} if stages else row
+    "Name the command that makes a row: its last stages (DVC runs the trainings before them)."
+    stages = [s for s in row.get("stages", []) if not s.startswith(("sft", "grpo"))]
+    return {**row, "command": "dvc repro " + " ".join(_target(s, profile) for s in stages)} if stages else row
+
+
+def _table_file(paper: str, profile: str, name: str, t: "list | dict") -> dict:
+    "One results file; a table of ours brings title, columns and note, one of the paper's only its rows."
+    own = t if isinstance(t, dict) else {"rows": t}
+    return rounded({"paper": paper, "table": name, "profile": profile, **own, "rows": [with_command(r, profile) for r in own["rows"]]})
 
 
 def write_results(
     out: "str | Path",      # results/<profile>/<paper>
     paper: str,
     profile: str,
-    tables: "dict[str, list]",  # table -> rows
+    tables: dict,           # table -> rows, or {title, columns, note, rows} for a table of ours
     claims: list,
     seeds,                  # training seeds
     records: "str | Path",  # runs/<profile>/records
     stages: "list[str]",
+    latency: "dict | None" = None,   # tables in milliseconds, as `tables`: a folder of their own, outside the comparison of two runs
+    figures: "dict | None" = None,   # file name -> (bytes or text, {alt, caption})
 ):
     "Write one paper's results of one profile; the folder appears whole."
     with atomic_dir(out) as d:
-        for name, rows in tables.items():
-            write_json(d / "tables" / f"{name}.json", rounded({"paper": paper, "table": name, "profile": profile, "rows": [with_command(r, profile) for r in rows]}))
+        for folder, part in (("tables", tables), ("latency", latency or {})):
+            for name, t in part.items(): write_json(d / folder / f"{name}.json", _table_file(paper, profile, name, t))
+        for name, (content, _) in (figures or {}).items():
+            with atomic_write(d / "figures" / name) as f: f.write(content.encode() if isinstance(content, str) else content)
+        if figures: write_json(d / "figures" / "figures.json", {name: about for name, (_, about) in figures.items()})
         write_json(d / "claims.json", rounded(claims))
         write_json(d / "provenance.json", {**provenance(profile, list(seeds)), "stages": stage_records(records, stages)})

@@ -55,6 +55,9 @@ def difficulty_tables(
 
 # %% ../../nbs/80_evaluation/45_world.ipynb #c008
 _SCORES = {"navsim_v1_pdms": "NAVSIM v1: PDMS", "navsim_v2_epdms": "NAVSIM v2: EPDMS"}
+_NAMES = {  # columns as the papers print them, in their order
+    "navsim_v1_pdms": {"nc": "NC", "dac": "DAC", "ttc": "TTC", "comfort": "C.", "ep": "EP", "score": "PDMS"},
+    "navsim_v2_epdms": {"nc": "NC", "dac": "DAC", "ddc": "DDC", "tlc": "TLC", "ep": "EP", "ttc": "TTC", "lk": "LK", "hc": "C.", "ec": "EC", "score": "EPDMS"}}
 
 
 def navsim_tables(
@@ -62,10 +65,11 @@ def navsim_tables(
 ) -> list[dict]:
     "One table a version: a row a planner, a column a sub-metric."
     if not navsim: return []
-    pick = lambda c: {k: c[k] for k in ("value", "low", "high", "n") if k in c}
-    note = f"{navsim['frames']} frames of {navsim['logs']} logs of the split {navsim['split']}; intervals resample logs"
-    return [dict(table=v, title=f"{title} of planners that need no training", note=note,
-                 rows=[{"row": p, "values": {k if k == "score" else k.upper(): pick(c) for k, c in cells.items()}} for p, cells in navsim["scores"][v].items()]) for v, title in _SCORES.items()]
+    percent = lambda c: {k: 100 * c[k] if k != "n" and c[k] is not None else c[k] for k in ("value", "low", "high", "n") if k in c}
+    note = f"{navsim['frames']} frames of {navsim['logs']} logs of the split {navsim['split']}, in percent; intervals resample logs"
+    row = lambda v, p, cells: {"row": p, "values": {name: percent(cells[k]) for k, name in _NAMES[v].items() if k in cells}}
+    return [dict(table=v, title=f"{title} of planners that need no training", note=note, rows=[row(v, p, cells) for p, cells in navsim["scores"][v].items()])
+            for v, title in _SCORES.items()]
 
 # %% ../../nbs/80_evaluation/45_world.ipynb #c010
 _WORDS = {True: ("holds", "reproduced"), False: ("does not hold", "not reproduced"), None: ("unknown", "inconclusive"), SIGHTED: (SIGHTED, "reproduced"), OPEN: (OPEN, "inconclusive"), FEW: (FEW, "inconclusive")}

@@ -254,6 +254,8 @@ def table_view(
     for r in rows:
         r["new_group"], group = (r["group"] if r["group"] != group else None), r["group"]
         r["sub"] = ", ".join(str(v) for v in r["text"].values() if v and v not in ("-", "–")) + (f" ({r['note']})" if r["note"] else "")
+        said = [(p, r["made"][p]["note"]) for p in profs if p in r["made"] and r["made"][p].get("note") and not r["extra"]]  # what the measurement itself remarks
+        r["sub"] = "; ".join(x for x in (r["sub"], *(f"{p}: {n}" for p, n in said)) if x)
         made = [(p, made_by(r["made"][p], provenances.get(p, {}))) for p in profs if p in r["made"]]
         r["made_lines"] = [(p, {**d, "line": _made_line(d)}) for p, d in made if d["command"] or _made_line(d)]
     ours, judged = t["role"] == "ours", [p for p in profs if p != "smoke"] or profs

@@ -43,8 +43,8 @@ def load_results(
     for prof in (p for p in PROFILES if (folder / p).is_dir()):
         for d in sorted(x for x in (folder / prof).iterdir() if x.is_dir()):
             res = {"tables": {}, "claims": [], "provenance": {}, "figures": {}, "folder": d}
-            for f in sorted(d.glob("tables/*.json")):
-                t = check_result(read_json(f), f"{prof}/{d.name}/tables/{f.name}")
+            for f in sorted([*d.glob("tables/*.json"), *d.glob("latency/*.json")]):
+                t = check_result(read_json(f), f"{prof}/{d.name}/{f.parent.name}/{f.name}")
                 if t["profile"] != prof: raise ValueError(f"{f} says profile {t['profile']!r} but lies under {prof!r}: results must not be mixed")
                 res["tables"][str(t["table"])] = t
             if (d / "claims.json").is_file(): res["claims"] = read_json(d / "claims.json")

@@ -234,10 +234,10 @@ def _step(policy, reference, reward, config, optimiser, step, rank, world, pool)
     each = [_update(policy, reference, config, parts, adv, olds, optimiser, world) for _ in range(config.updates)]
     total = time.perf_counter() - start
     return {**{k: float(v.mean()) for k, v in columns.items()}, "reward_std": float(r.std(1).mean()), "flat_groups": float((r.std(1) < 1e-9).double().mean()),
-            **{k: float(np.mean([e[k] for e in each])) for k in each[0]}, **times, "samples_per_s": r.numel() / total, "score_share": times["score_wait_s"] / total}
+            **{k: float(np.mean([e[k] for e in each])) for k in each[0]}, **times, "step_s": total, "samples_per_s": r.numel() / total, "score_share": times["score_wait_s"] / total}
 
 # %% ../../nbs/70_training/40_grpo.ipynb #c021
-TIMES = ("draw_s", "score_wait_s", "score_busy_s", "samples_per_s", "score_share")  # the curves that differ between equal runs
+TIMES = ("draw_s", "score_wait_s", "score_busy_s", "step_s", "samples_per_s", "score_share")  # the curves that differ between equal runs
 
 
 def _tag(policy, reference, config):

@@ -71,7 +71,7 @@ class FlatHead(Regressor):
 
 # %% ../../../nbs/60_methods/ikvla/40_arms.ipynb #c012
 class HiddenHead(Regressor):
-    "MLP on the language model's output states: mean over each horizon's placeholders and the last token (Tab. 5, w/o IK network)."
+    "MLP on the language model's last states: mean over each horizon's placeholders and the last token (Tab. 5, w/o IK network)."
     def __init__(self, shape: StateShape, width: int, points: int = 6):
         super().__init__(points)
         self.shape = shape
@@ -121,6 +121,9 @@ class LanguageRun:
     target: "str | None" = "next"   # states to predict: "next", "current" or None
     text: bool = False              # writes the path as text
     head: "str | None" = None       # a head trained together with it, its gradient flowing back: "hidden" or "ik"
+    detach: bool = True             # no gradient into the target of next-state prediction
+    horizons: "tuple | None" = None # keyframe steps ahead to predict; None: those of the profile
+    narrow: int = 0                 # numbers that a predicted token may carry; 0: all
 
 
 RUNS = {
@@ -129,6 +132,10 @@ RUNS = {
     "nsp_blind": LanguageRun(sees=False),
     "nsp_hidden": LanguageRun(head="hidden"),
     "nsp_joint": LanguageRun(head="ik"),
+    "nsp_target": LanguageRun(detach=False),
+    "nsp_1s": LanguageRun(horizons=(2,)),
+    "nsp_3s": LanguageRun(horizons=(2, 4, 6)),
+    "nsp_narrow": LanguageRun(narrow=4),
     "text": LanguageRun(target=None, text=True),
     "text_blind": LanguageRun(sees=False, target=None, text=True),
 }
@@ -153,6 +160,10 @@ ARMS = {
     "opendrivevla": Arm("text", "text", row="OpenDriveVLA*"),
     "ego_text_only": Arm("text_blind", "text", row="EgoTextOnly"),
     "ikvla_joint": Arm("nsp_joint", "ik", note="gradient not stopped at the IK inputs (Eq. 9's reading)"),
+    "ikvla_target": Arm("nsp_target", "ik", note="gradient into the target of next-state prediction"),
+    "ikvla_1s": Arm("nsp_1s", "ik", note="one next state, 1 s ahead (the prompt's \"one step ahead\")"),
+    "ikvla_3s": Arm("nsp_3s", "ik", note="next states 1, 2 and 3 s ahead (App. K.2)"),
+    "ikvla_narrow": Arm("nsp_narrow", "ik", note="control: predicted tokens carry 4 numbers each, too few to smuggle the plan"),
     "ikvla_flat": Arm("nsp", "flat", note="flat IK head of ours"),
     "oracle_next": Arm("nsp", "ik", "true", note="control: true next state"),
     "oracle_next_flat": Arm("nsp", "flat", "true", note="control: true next state, flat head"),
@@ -185,11 +196,13 @@ def build_head(
     width: int,           # width of the head
     heads: int,           # attention heads
     diffusion_steps: int, # T
+    points: int = 6,      # way-points, 0.5 s apart: 6 for 3 s (nuScenes), 8 for 4 s (NAVSIM)
 ) -> nn.Module:
     "The trajectory head of an arm."
-    make = {"ik": lambda: IKNetwork(shape, width, heads, diffusion_steps=diffusion_steps), "pool": lambda: PoolHead(shape, width, heads),
-            "flat": lambda: FlatHead(shape, width), "hidden": lambda: HiddenHead(shape, width),
-            "direct": lambda: DirectHead(shape, width, True), "direct_blind": lambda: DirectHead(shape, width, False)}
+    p = dict(points=points)
+    make = {"ik": lambda: IKNetwork(shape, width, heads, diffusion_steps=diffusion_steps, **p), "pool": lambda: PoolHead(shape, width, heads, **p),
+            "flat": lambda: FlatHead(shape, width, **p), "hidden": lambda: HiddenHead(shape, width, **p),
+            "direct": lambda: DirectHead(shape, width, True, **p), "direct_blind": lambda: DirectHead(shape, width, False, **p)}
     if kind not in make: raise KeyError(f"unknown head {kind!r}: {nearest(kind, make)}")
     return make[kind]()
 

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import nn
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from ...core.params import nearest
 from ...data.planner import arc_path
@@ -177,6 +178,7 @@ class DrivingLLM(nn.Module):
         sees: bool = True,              # False: no visual tokens in the prompt (blind)
         seed: int = 0,
         attention: str = "auto",
+        narrow: int = 0,                # numbers that each predicted token may carry (a control); 0: all
     ):
         super().__init__()
         self.shape, self.sees = shape, sees
@@ -189,7 +191,7 @@ class DrivingLLM(nn.Module):
             self.ego = nn.Sequential(nn.Linear(EGO_WIDTH, w), nn.GELU(), nn.Linear(w, w))
             self.cell = nn.Parameter(0.1 * torch.randn(shape.n, w))
             self.horizon = nn.Parameter(0.1 * torch.randn(shape.h, w))
-            self.read = nn.Linear(w, w)
+            self.read = nn.Sequential(nn.Linear(w, narrow), nn.Linear(narrow, w)) if narrow else nn.Linear(w, w)
         seeded(parts, seed + 1)
         self.scale = Normaliser((EGO_WIDTH,))  # of the ego inputs, fitted by the task
 
@@ -223,9 +225,30 @@ def embed(
 def hidden(
     self: DrivingLLM, ids, ego, current=None,
     mask: "Int[torch.Tensor, 'b l'] | None" = None,  # 1 = real token; None when nothing is padded
-) -> Float[torch.Tensor, "b l w"]:                   # last hidden states
+    tail: "int | None" = None,                       # only the last states are wanted; None: all
+) -> Float[torch.Tensor, "b l w"]:                   # last hidden states, l = tail if given
     "One causal pass of the decoder."
-    return self.llm.model(inputs_embeds=self.embed(ids, ego, current), attention_mask=mask, use_cache=False).last_hidden_state
+    x = self.embed(ids, ego, current)
+    if tail is None or mask is not None or self.llm.config._attn_implementation != "sdpa":
+        out = self.llm.model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+        return out if tail is None else out[:, -tail:]
+    decoder, at = self.llm.model, torch.arange(x.shape[1], device=x.device)[None]
+    turn = decoder.rotary_emb(x, at)
+    for layer in decoder.layers[:-1]: x = layer(x, attention_mask=None, position_embeddings=turn, position_ids=at)
+    return decoder.norm(_last_layer(decoder.layers[-1], x, turn, tail))
+
+
+def _last_layer(layer, x, turn, tail):
+    "The last decoder layer for the last positions alone: nobody reads the other queries."
+    a, n = layer.self_attn, x.shape[1]
+    split = lambda y: y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2)
+    h, cos, sin = layer.input_layernorm(x), *turn
+    q, _ = apply_rotary_pos_emb(*(split(a.q_proj(h[:, -tail:])),) * 2, cos[:, -tail:], sin[:, -tail:])
+    _, k = apply_rotary_pos_emb(*(split(a.k_proj(h)),) * 2, cos, sin)
+    sees = torch.ones(tail, n, dtype=torch.bool, device=x.device).tril(n - tail)
+    y = nn.functional.scaled_dot_product_attention(q, k, split(a.v_proj(h)), sees, scale=a.scaling, enable_gqa=True)
+    x = x[:, -tail:] + a.o_proj(y.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 @patch
@@ -234,11 +257,11 @@ def next_states(
     ids: Int[torch.Tensor, "b l"],
     hidden: Float[torch.Tensor, "b l w"],
 ) -> Float[torch.Tensor, "b h n w"]:  # predicted states, one per horizon
-    "Read the predicted states at the placeholders, all at once."
-    at = ids == self.special["next"]
+    "Read the predicted states at the placeholders, all at once; `hidden` may be the tail alone."
+    at = ids[:, -hidden.shape[1]:] == self.special["next"]
     return self.read(hidden[at]).view(len(ids), self.shape.h, self.shape.n, self.shape.width)
 
-# %% ../../../nbs/60_methods/ikvla/30_model.ipynb #c026
+# %% ../../../nbs/60_methods/ikvla/30_model.ipynb #c028
 @patch
 def text_loss(
     self: DrivingLLM,

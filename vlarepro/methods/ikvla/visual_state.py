@@ -27,8 +27,8 @@ class StateShape:
     def __post_init__(self):
         if self.n_tokens % (self.cameras * self.merge):
             raise ValueError(f"{self.n_tokens} tokens of {self.cameras} cameras cannot be merged by {self.merge}: take a divisor of {self.n_tokens // self.cameras}")
-        if not self.horizons or list(self.horizons) != sorted(set(self.horizons)) or self.horizons[0] < 1 or self.horizons[-1] > 6:
-            raise ValueError(f"horizons must be increasing keyframe steps between 1 and 6, got {self.horizons}")
+        if not self.horizons or list(self.horizons) != sorted(set(self.horizons)) or self.horizons[0] < 1 or self.horizons[-1] > 8:
+            raise ValueError(f"horizons must be increasing keyframe steps between 1 and 8, got {self.horizons}")
 
     @property
     def n(self) -> int: return self.n_tokens // self.merge                 # visual tokens of one state
@@ -57,10 +57,11 @@ def nsp_loss(
     predicted: Float[torch.Tensor, "b h n w"],  # next states read from the language model
     target: Float[torch.Tensor, "b h n w"],     # projected encoder tokens of those keyframes
     valid: "Bool[torch.Tensor, 'b h'] | None" = None,  # which of them exist; None: all
+    detach: bool = True,                        # False: the gradient reaches the target too (an arm)
 ) -> torch.Tensor:                              # scalar
     "Next-state-prediction loss: MSE to the detached target (IK-VLA Sec. 3.2)."
     if predicted.shape != target.shape: raise ValueError(f"predicted states {tuple(predicted.shape)}, targets {tuple(target.shape)}: check horizons and merge")
-    error = (predicted - target.detach()).pow(2).mean((-1, -2))
+    error = (predicted - (target.detach() if detach else target)).pow(2).mean((-1, -2))
     if valid is None: return error.mean()
     if not valid.any(): raise ValueError("no valid next state in this batch: drop samples without a future")
     return (error * valid).sum() / valid.sum()

@@ -29,6 +29,7 @@ __getattr__, __dir__ = lazy_api("vlarepro.scoring.pdm", {
     "load_caches": "scene",
     "load_official": "official",
     "make_group": "stages",
+    "navhard_groups": "navhard",
     "navsim_v1_pdms": "score",
     "navsim_v2_epdms": "score",
     "one_stage": "aggregate",

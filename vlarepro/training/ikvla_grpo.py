@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
 from ..core.params import nearest, strict
 from ..core.paths import write_json

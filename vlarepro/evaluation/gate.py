@@ -235,7 +235,7 @@ def fit_head(
         with torch.inference_mode(): return torch.cat([head(*_inputs(data, r, head.n_states)).view(-1, 6, 2) * std + mean + base[torch.as_tensor(r)] for r in np.array_split(rows, max(1, len(rows) // batch))])
     return plan
 
-
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c013
 def corrected(data: GateData, blind, rows, held=None) -> GateData:
     "The samples with a finished planner's path in the place of the extrapolation, and that path among the ego inputs; no mirror, since tokens have none."
     path, r = blind.clone(), torch.as_tensor(rows)
@@ -259,7 +259,7 @@ def held_out(
     plan = fit_head("blind", data, rows[~mine], replace(fit, steps=fit.held_steps), seed)
     return np.flatnonzero(mine), plan(rows[mine])
 
-
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c014
 def autocast() -> torch.autocast:
     "bfloat16 products where the processor has instructions for them (elsewhere they would be slow)."
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu.get_capabilities().get("avx512_bf16", False)))
@@ -288,7 +288,7 @@ def _train(head, data, rows, fit, seed):
         opt.step(); schedule.step()
     head.eval()
 
-
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c016
 def plan_ade(plan, data: GateData, rows) -> Float[np.ndarray, " m"]:  # [m]
     "Average displacement error of a planner, a number per sample."
     return (plan(rows) - data.future[torch.as_tensor(rows)]).norm(dim=-1).mean(1).numpy()
@@ -311,7 +311,7 @@ def converged(
         if k and log[-1]["dev_ade"] > log[-2]["dev_ade"] * (1 - tolerance): break
     return best[1], log
 
-# %% ../../nbs/80_evaluation/20_gate.ipynb #c013
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c018
 def strata(
     data: GateData,
     rows: Int[np.ndarray, " m"],  # samples to divide
@@ -319,7 +319,7 @@ def strata(
     "All samples, the two kinematic parts, any event, none, and each kind of event."
     return gap_strata(data.gap[rows]) | {k: v[rows] for k, v in data.events.items()}
 
-# %% ../../nbs/80_evaluation/20_gate.ipynb #c015
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c020
 _shared = {}   # the data, once per worker process
 
 
@@ -359,7 +359,7 @@ def _run(jobs, data, workers):
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_worker, initargs=(data,)) as pool:
         return [f.result() for f in progress([pool.submit(_call, *j) for j in jobs], "gate")]
 
-# %% ../../nbs/80_evaluation/20_gate.ipynb #c017
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c022
 def gate_errors(
     data: GateData,
     fit: HeadFit,
@@ -413,7 +413,7 @@ def verdict(
     v = dict(sighted_full=low("direct", "full"), sighted_vision_critical=low("direct", "vision_critical"), oracle_full=any(low(a, "full") for a in oracles))
     return v | dict(open=all(v.values()))
 
-# %% ../../nbs/80_evaluation/20_gate.ipynb #c024
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c029
 ARM_TITLES = dict(blind="blind, converged", direct="sighted, direct head", image="present image alone", oracle_flat="true next states, flat IK", oracle_cross="true next states, cross-attention IK", current_only="IK, present state only")
 
 
@@ -449,7 +449,7 @@ def write_gate(
     write_json(path, out)
     return out
 
-# %% ../../nbs/80_evaluation/20_gate.ipynb #c026
+# %% ../../nbs/80_evaluation/20_gate.ipynb #c031
 def write_errors(
     path: str | Path,   # gate.npz
     errors: dict,       # from `gate_errors`

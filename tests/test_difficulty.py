@@ -55,6 +55,7 @@ FIT = HeadFit(
     see_dropout=0.0,
     see_code=4,
     see_noise=0.0,
+    held_steps=40,
     ik_steps=40,
     ik_batch=32,
     ik_lr=3e-3,

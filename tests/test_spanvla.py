@@ -15,7 +15,18 @@ from vlarepro.methods.spanvla.answers import HANDOVER, aligned, length_penalty, 
 from vlarepro.methods.spanvla.arms import ALIASES, ARMS, BRIDGES, arm
 from vlarepro.methods.spanvla.bridge import Bridge, BridgeBlock, BridgeConfig
 from vlarepro.methods.spanvla.codebook import contour, contour_distance, k_disk, segments, to_path, to_tokens
-from vlarepro.methods.spanvla.model import ModelConfig, SpanVLA, add_lora, answers_of, drives_of, load_lora, lora_state, make_codebook, sequence, synthetic_windows
+from vlarepro.methods.spanvla.model import (
+    ModelConfig,
+    SpanVLA,
+    add_lora,
+    answers_of,
+    drives_of,
+    load_lora,
+    lora_state,
+    make_codebook,
+    sequence,
+    synthetic_windows,
+)
 from vlarepro.methods.spanvla.planner import batch_of, plan_drives
 from vlarepro.methods.spanvla.reward import BEST, RECIPES, Answer, RewardConfig, Samples, SpanReward, recipe_rows
 from vlarepro.scoring.pdm.scene import straight_scene
@@ -23,6 +34,7 @@ from vlarepro.training.sft import sample_uniform
 from vlarepro.training.spanvla import BridgeTask, SpanVLASettings
 from vlarepro.training.spanvla_rft import RFTSettings, SpanPolicy, join_drives
 
+SIZE = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
 BASE = dict(interval=2, head="flow", start="history", mode="action", width=16, waypoints=10, steps=5, noise=0.1, tau_mean=0.5, tau_std=0.25)
 
 
@@ -30,8 +42,7 @@ BASE = dict(interval=2, head="flow", start="history", mode="action", width=16, w
 def made():
     "A small model, its drives and a bridge."
     w, features, traces = synthetic_windows(16)
-    config = ModelConfig(vlm=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2), grids=[[1, 2, 4]] * 3, codebook=24, delta_m=0.3, vocab=400,
-                         max_reasoning=40)
+    config = ModelConfig(vlm={**SIZE, "num_hidden_layers": 4}, grids=[[1, 2, 4]] * 3, codebook=24, delta_m=0.3, vocab=400, max_reasoning=40)
     tok = make_tokenizer([reasoning_text(t) for t in traces.values()], 400, 24)
     drives = drives_of(w, features, traces, tok)
     model = SpanVLA(config, tok, make_codebook(config, drives.path, rng("test-book")), 16).eval()
@@ -89,7 +100,7 @@ def test_the_prefix_is_projected_once_a_plan(made, monkeypatch):
 
 
 def test_expert_cost_is_flat_in_waypoints_and_linear_in_layers():
-    c = LatencyConfig(dict(hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2), 16, "float32", "cpu", 40, [10, 50], {"equal": [3, 3]}, 1, "test")
+    c = LatencyConfig({**SIZE, "num_hidden_layers": 8}, 16, "float32", "cpu", 40, [10, 50], {"equal": [3, 3]}, 1, "test")
     bench = Bench(c)
     prefix = bench.prefill("eager")
     n = {(b, w): count(lambda b=b, w=w: bench.expert("eager", prefix, b, w)) for b, w in bench.experts}
@@ -155,7 +166,8 @@ def test_reward_terms_and_signs():
     street, plan = straight_scene([], speed_mps=5.0, token="t"), np.stack([np.arange(1, 9) * 2.5, np.zeros(8), np.zeros(8)], 1)
     samples = Samples(np.array(["positive", "negative", "recovery"]), [street] * 3, np.stack([plan] * 3), np.full(3, 5.0))
     c = RewardConfig("v1", 5.0, 1.7, 1.0, 1.0, 1.0, 400.0, 0.002)
-    def r(i, text="This is a straightforward scenario.", **change): return SpanReward(samples, RewardConfig(**{**c.__dict__, **change}))(np.array([i]), [Answer(plan, text, 5)])["reward"][0]
+    def r(i, text="This is a straightforward scenario.", **change):
+        return SpanReward(samples, RewardConfig(**{**c.__dict__, **change}))(np.array([i]), [Answer(plan, text, 5)])["reward"][0]
     assert r(1) == pytest.approx(r(0) - 5) and r(2) == pytest.approx(r(0) + 5)                  # on the reference
     assert r(1, weight=0.0) == pytest.approx(r(0))
     assert r(0, scale=10.0) == pytest.approx(10 * r(0))
@@ -217,7 +229,8 @@ def test_every_row_and_claim_of_the_paper_has_an_arm():
 def test_prompts_of_two_files_join(made):
     model, drives = made
     short = drives.take(np.arange(4))
-    longer = deepcopy(short.__dict__) | {"ids": np.pad(short.ids, ((0, 0), (3, 0)), constant_values=model.tokenizer.pad_token_id), "mask": np.pad(short.mask, ((0, 0), (3, 0)))}
+    left = ((0, 0), (3, 0))
+    longer = deepcopy(short.__dict__) | {"ids": np.pad(short.ids, left, constant_values=model.tokenizer.pad_token_id), "mask": np.pad(short.mask, left)}
     both = join_drives([type(short)(**longer), short], np.concatenate([np.asarray(short.features[short.keyframe])] * 2))
     p = plan_drives(model, both, {}, "a").plans["a"]
     assert np.allclose(p[:4], p[4:], atol=1e-4)

@@ -118,19 +118,19 @@ def conv_cam(
     batch: int = 64,
 ) -> Float[np.ndarray, "n v r c"]:                # 0..1 per camera
     "GradCAM at a convolution of the encoder."
-    out, v = [], encoder.cfg.views
-    for i in range(0, len(images), batch):
-        x = torch.as_tensor(np.ascontiguousarray(images[i:i + batch]))
-        with torch.no_grad(): sweep = encoder.sweep(x)
-        b, f, _, h, w, c = x.shape
-        pixels = x.permute(0, 2, 3, 4, 1, 5).reshape(b * v, h, w, f * c).float().sub(110.0).div(60.0).permute(0, 3, 1, 2)
-        with torch.no_grad(): a = encoder.backbone[:stage + 1](pixels)
-        with torch.enable_grad():
-            a = a.detach().requires_grad_()
-            tokens = encoder.standardised(encoder.finish(encoder.pool(encoder.backbone[stage + 1:](a.clone()), b), sweep))
-            g = torch.autograd.grad(tokens, a, gradient[i:i + batch])[0]
-        flat = [y.detach().flatten(2).transpose(1, 2).unflatten(0, (b, v)) for y in (a, g)]
-        out.append(token_cam(*flat).unflatten(-1, a.shape[-2:]))
+    out, v, kept = [], encoder.cfg.views, {}
+    def watch(module, args, result):
+        kept["a"] = result.detach().requires_grad_()
+        return kept["a"]
+    handle = encoder.backbone[stage].register_forward_hook(watch)
+    try:
+        for i in range(0, len(images), batch):
+            with torch.enable_grad():
+                tokens = encoder.standardised(encoder(torch.as_tensor(np.ascontiguousarray(images[i:i + batch]))))
+                g = torch.autograd.grad(tokens, kept["a"], gradient[i:i + batch])[0]
+            flat = [y.detach().flatten(2).transpose(1, 2).unflatten(0, (len(tokens), v)) for y in (kept["a"], g)]
+            out.append(token_cam(*flat).unflatten(-1, g.shape[-2:]))
+    finally: handle.remove()
     return torch.cat(out).numpy()
 
 # %% ../../nbs/80_evaluation/62_gradcam.ipynb #c012

@@ -31,6 +31,7 @@ from ..scoring.pdm.scene import load_cache
 from ..scoring.pdm.score import navsim_v1_pdms
 from ..scoring.pdm.stages import stage_table
 from ..scoring.pdm.aggregate import two_stage
+from ..training.spanvla_rft import join_drives
 
 # %% ../../nbs/80_evaluation/86_spanvla.ipynb #c006
 def choose_frames(
@@ -111,7 +112,6 @@ def navhard_drives(
     groups: "int | None",         # how many; None: all
 ) -> "tuple[list, Drives]":       # groups of caches, and drives of all their frames in the same order
     "Groups of navhard with the drives to plan them."
-    from vlarepro.training.spanvla_rft import join_drives
     found, navsim = list(islice(navhard_groups(root), groups)), Path(root) / "navsim"
     caches = [c for g in found for c in g.caches()]
     row = {t: i for i, t in enumerate(windows.token.tolist())}

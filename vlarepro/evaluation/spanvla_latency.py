@@ -102,8 +102,8 @@ def count_table(bench: Bench, tier: str = "eager") -> dict:  # name -> operation
     return out
 
 # %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c012
-def _clock(bench: Bench, call) -> float:
-    bench.sync(); start = time.perf_counter(); call(); bench.sync()
+def _clock(bench: Bench, call, *args) -> float:
+    bench.sync(); start = time.perf_counter(); call(*args); bench.sync()
     return time.perf_counter() - start
 
 
@@ -114,13 +114,12 @@ def stage_times(bench: Bench, tier: str = "eager") -> dict:  # name -> list of s
     counts = sorted({n for pair in c.reasoning.values() for n in pair} | {w + 2 for w in c.waypoints})
     for r in progress(range(-1, c.repeats), f"latency, {tier}"):
         was, out = out, ({} if r == -1 else out)        # the first round warms up
-        store = {}
-        store["prefill"] = _clock(bench, lambda: bench.prefill(tier))
+        store = {"prefill": _clock(bench, bench.prefill, tier)}
         for n in counts:
             prefix = bench.prefill(tier)
-            store[f"{n} tokens"] = _clock(bench, lambda: bench.write(tier, prefix, n))
-        for b, w in bench.experts: store[f"expert {b}, {w}"] = _clock(bench, lambda: bench.expert(tier, prefix, b, w))
-        for k in (1, 2, 5, 10): store[f"expert steps {k}"] = _clock(bench, lambda: bench.expert(tier, prefix, "interval2", c.waypoints[0], k))
+            store[f"{n} tokens"] = _clock(bench, bench.write, tier, prefix, n)
+        for b, w in bench.experts: store[f"expert {b}, {w}"] = _clock(bench, bench.expert, tier, prefix, b, w)
+        for k in (1, 2, 5, 10): store[f"expert steps {k}"] = _clock(bench, bench.expert, tier, prefix, "interval2", c.waypoints[0], k)
         if r >= 0:
             for k, v in store.items(): keep(k, v)
         else: out = was

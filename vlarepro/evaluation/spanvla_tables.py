@@ -105,7 +105,7 @@ def table3(m: Measured) -> list:
     for name, arm, extra in (("SpanVLA", "rft_epdms", False), ("before RFT", "sft", True)):
         if any(arm not in s for s in m.navhard): continue
         for i, stage in enumerate(("stage_one", "stage_two"), 1):
-            get = lambda part, k: 100 * np.array([s[arm][part][k] for s in m.navhard], float)
+            get = lambda part, k, a=arm: 100 * np.array([s[a][part][k] for s in m.navhard], float)
             groups = np.arange(get("combined", "score").shape[1])
             cells = {"EPDMS": cell(get("combined", "score"), groups, "3", arm)} | {c: cell(get(stage, k), groups, "3", arm, stage, c) for c, k in columns.items()}
             rows.append(row(m, f"{name} stage {i}", arm, cells, extra))

@@ -103,7 +103,7 @@ def train_talker(
     tokenizer = talk_tokenizer(config, words)
     objects = tuple(data.features.shape[1:]) if TALKERS[arm].objects else None
     model, config, info = start_model(Path(start) / run / "llm", tokenizer, seed, objects)
-    task = TalkTask(data, turns, model, tokenizer, RUNS[run].text, settings.questions, 0.0 if objects else settings.p_front, settings.p_unknown, config.style, device)
+    task = TalkTask(data, turns, model, tokenizer, RUNS[run].text, objects is None, settings.questions, 0.0 if objects else settings.p_front, settings.p_unknown, config.style, device)
     history = sft(task, settings.phase.config(seed, device, llm=settings.phase.lr), Path(scratch) / f"{arm}.safetensors", f"{arm} talks, seed {seed}")
     if not dist.is_initialized() or dist.get_rank() == 0: save_checkpoint(Path(out) / arm, model, {**info, "words": list(words)})
     return history

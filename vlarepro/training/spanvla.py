@@ -16,7 +16,6 @@ import torch.distributed as dist
 from ..core.params import strict
 from ..core.paths import write_json
 from ..core.seeds import key_seed, rng
-from ..data.tokenizer import encode
 from ..data.windows import Windows
 from ..methods.spanvla.answers import make_tokenizer, pretrained_tokenizer, reasoning_text
 from ..methods.spanvla.arms import BRIDGES

@@ -91,7 +91,7 @@ def rft_pool(
     files = {p.stem: p for p in sorted(Path(caches).glob("*.npz"))}
     w = windows.take(np.isin(windows.token, list(files)))
     if len(w) != len(files): raise ValueError(f"{len(files)} scene caches in {caches}, but {len(w)} of them have a window: world and windows are of different versions")
-    c, style = model.config, (model.config.waypoints, model.config.style, model.config.ego_token)
+    style = (model.config.waypoints, model.config.style, model.config.ego_token)
     d = drives_of(w, features, None, model.tokenizer, *style)
     scenes, kind, reference, looks = [load_cache(files[t]) for t in w.token], ["positive"] * len(w), [w.future], [np.asarray(features[w.keyframe])]
     parts = [d]

@@ -25,7 +25,7 @@ from .visual_state import nsp_loss
 from ...models.backbones import seeded
 
 # %% ../../../nbs/60_methods/ikvla/70_language.ipynb #c006
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"\w+(?:[-/]\w+)*|[^\w\s]")
 
 
 def words_of(
@@ -177,6 +177,7 @@ class TalkTask:
         model: DrivingLLM,           # with a vocabulary that holds the texts
         tokenizer,
         plans_text: bool = False,    # the run writes its path as text (no next state)
+        keep_states: bool = False,   # the projector stays, so that path heads of the planning run still read the states
         questions: int = 4,          # of a sample's questions, drawn anew each time
         p_front: float = 0.0, p_unknown: float = 0.0,  # view and command dropout, as in the run
         style: str = "compact", device: str = "cpu",
@@ -186,6 +187,7 @@ class TalkTask:
         self.plans_text, self.questions, self.p_front, self.p_unknown = plans_text, questions, p_front, p_unknown
         self.n, self.words, self.most = len(data), 2 + max(len(t) for t in turns), max(len(t) for t in turns)
         self.kinds = (*KINDS, *(("path",) if plans_text else ()))
+        model.projector.requires_grad_(not keep_states)
         self.module, self.groups = model, {"llm": [p for p in model.parameters() if p.requires_grad]}
 
     def chosen(self, row: int, u: np.ndarray) -> list:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RETURN_M', 'choose_frames', 'ArmFiles', 'plan_arm', 'plan_all', 'navhard_drives', 'two_stages', 'returned',
-           'progress_of', 'evaluate_spanvla']
+           'progress_of', 'drafted_length', 'evaluate_spanvla']
 
 # %% ../../nbs/80_evaluation/86_spanvla.ipynb #c003
 import multiprocessing
@@ -23,6 +23,7 @@ from ..data.navsim import NavsimReader, load_split
 from ..data.windows import Windows, load_windows
 from .navsim_arms import NavsimScores, save_scores, score_plans
 from ..methods.spanvla.arms import ARMS, arm
+from ..methods.spanvla.codebook import to_tokens
 from ..methods.spanvla.model import Drives, drives_of
 from ..methods.spanvla.pairs import load_pairs, see_synthetic
 from ..methods.spanvla.planner import Lora, Plans, load_bridge, load_model, plan_drives, with_lora
@@ -32,6 +33,7 @@ from ..scoring.pdm.score import navsim_v1_pdms
 from ..scoring.pdm.stages import stage_table
 from ..scoring.pdm.aggregate import two_stage
 from ..training.spanvla_rft import join_drives
+from ..world.corpus import Table, tau
 
 # %% ../../nbs/80_evaluation/86_spanvla.ipynb #c006
 def choose_frames(
@@ -155,6 +157,17 @@ def progress_of(caches: list, plans: Float[np.ndarray, "k n t 3"]) -> Float[np.n
     return np.stack([navsim_v1_pdms(c, plans[:, i, :8].astype(float)).ep for i, c in enumerate(caches)], 1)
 
 # %% ../../nbs/80_evaluation/86_spanvla.ipynb #c016
+def drafted_length(
+    train: Int[np.ndarray, "n t"],     # action tokens of training drives
+    written: Int[np.ndarray, "m t"],   # of plans
+    order: int = 4,
+    block: int = 8,                    # tokens verified in a pass
+) -> float:                            # tokens committed in a pass, the model's own included
+    "Accepted length of an n-gram draft of action tokens."
+    table = Table([tuple(t) for t in train.tolist()], order)
+    return tau([table.right(tuple(t)) for t in written.tolist()], block)
+
+# %% ../../nbs/80_evaluation/86_spanvla.ipynb #c019
 def evaluate_spanvla(
     out: "str | Path",
     files: ArmFiles,
@@ -192,6 +205,10 @@ def evaluate_spanvla(
                  **{f"plan/{a}": done["test"]["plans"][a] for a in names})
     at = sets["navhard"].token
     write_json(out / "navhard.json", {a: two_stages(groups, at, done["navhard"]["plans"][a]) for a in ("sft", "rft", "rft_epdms") if a in done["navhard"]["plans"]})
+    train = windows.of("train")
+    path = np.concatenate([train.future, train.later], 1)[train.later_valid.all(1)][::4, :c.waypoints].astype(float)
+    codes = to_tokens(model.book, path), to_tokens(model.book, done["test"]["plans"]["autovla_sft"].astype(float))
+    write_json(out / "drafting.json", {"tokens_per_pass": drafted_length(*codes), "plans": len(test), "waypoints": c.waypoints})
     if "pairs" in sets: _write_pairs(out, p, keep, have, done["pairs"])
     write_json(out / "texts.json", {a: {"cut": done["test"]["cut"][a], "texts": done["test"]["texts"][a][:12]} for a in names})
     return {"frames": len(test), "logs": len(np.unique(test.log)), "groups": len(groups), "arms": names}

@@ -23,7 +23,8 @@ from vlarepro.training.policies import ChainConfig
 from vlarepro.training.sft import SFTConfig, sample_uniform, sft
 
 SOURCE = dict(scenes=2, keyframes=14, points=8)
-CONFIG = IKVLAConfig(cameras=3, merge=4, horizons=(2, 4, 6, 8), llm="tiny", llm_width=32, head_width=16, head_heads=2, diffusion_steps=20, sample_steps=4, sample_eta=1.0, samples=2, points=8)
+CONFIG = IKVLAConfig(cameras=3, merge=4, horizons=(2, 4, 6, 8), llm="tiny", llm_width=32, head_width=16, head_heads=2, diffusion_steps=20, sample_steps=4,
+                     sample_eta=1.0, samples=2, points=8)
 RECIPE = dict(steps=6, batch=2, group=4, lr=3e-3, warmup=0.1, clip=1.0, beta=0.01, imitate=0.01, updates=2, epsilon=[0.2, 0.2], chunk=1)
 CHAIN = dict(steps=4, sigma_min=0.02, logp_floor=0.1, discount=0.6, logp_clamp=[-5.0, 2.0])
 SETTINGS = GRPOSettings.read(dict(ik=RECIPE, text=RECIPE, chain=CHAIN, temperature=1.0, version="v1"))
@@ -39,7 +40,8 @@ def world(tmp_path_factory, data):
     d, shape = tmp_path_factory.mktemp("ikvla-grpo"), CONFIG.shape(12, 8)
     for i, t in enumerate(data.token.tolist()):
         v = float(data.ego[i, 0])
-        save_cache(straight_scene([(8 + v, 0.0, 0.0, 4.5, 1.9, v / 2, 0.0, 0)] if i % 2 else [], speed_mps=v, token=t), d / "caches" / f"{t}.npz")
+        ahead = [(8 + v, 0.0, 0.0, 4.5, 1.9, v / 2, 0.0, 0)] if i % 2 else []
+        save_cache(straight_scene(ahead, speed_mps=v, token=t), d / "caches" / f"{t}.npz")
     for run in ("nsp", "text"): save_part(d / f"sft/seed-0/{run}/llm", make_llm(CONFIG, shape, run, 0), CONFIG, shape, run=run)
     ik = make_head(CONFIG, shape, "ik", 0).fit(torch.as_tensor(data.future[..., :2], dtype=torch.float32))
     save_part(d / "sft/seed-0/nsp/ik", ik, CONFIG, shape, kind="ik")
@@ -54,7 +56,8 @@ def policies(world, data):
     model = load_part(str(world / "sft/seed-0/nsp/llm"))[0]
     states = cache_states(model, data, CompactTokenizer())
     taught = make_head(CONFIG, CONFIG.shape(12, 8), "ik", 0)
-    sft(HeadTask(taught, states, "predicted", data.future[..., :2], 4), SFTConfig(steps=150, batch=12, lr={"head": 1e-2}, weight_decay=0.0, warmup=0.1, clip=1.0, seed=0))
+    sft(HeadTask(taught, states, "predicted", data.future[..., :2], 4),
+        SFTConfig(steps=150, batch=12, lr={"head": 1e-2}, weight_decay=0.0, warmup=0.1, clip=1.0, seed=0))
     chain = ChainConfig(steps=4, sigma_min=0.02, logp_floor=0.1, discount=0.6, logp_clamp=(-5.0, 2.0))
     def make(kind):
         shape = CONFIG.shape(12, 8)
@@ -82,7 +85,8 @@ def test_reward_rises(kind, policies):
     policy = policies(kind)
     slow = lambda rows, y: -y[:, -1, 0]
     group = "head" if kind == "ik" else "llm"
-    config = replace(SETTINGS.ik.config(0, "cpu", group), steps=25, batch=4, group=16, lr={group: 1e-2}, beta=0.0, imitate=0.0, updates=1, epsilon=None, chunk=0)
+    config = replace(SETTINGS.ik.config(0, "cpu", group), steps=25, batch=4, group=16, lr={group: 1e-2}, beta=0.0, imitate=0.0, updates=1,
+                     epsilon=None, chunk=0)
     curves = grpo(policy, slow, config)
     first, last = (np.array([c["reward"] for c in part]) for part in (curves[:5], curves[-5:]))
     assert last.mean() > first.mean() + 1.0, (first, last)
@@ -118,11 +122,14 @@ def test_reinforced_folder_is_planned_like_a_supervised_one(arm, world, data, tm
     run, key = {"ikvla": ("nsp", "ik"), "opendrivevla": ("text", "llm")}[arm]
     old, new = (load_part(str(f / f"seed-0/{run}/{key}"))[0] for f in (world / "sft", tmp_path / "out"))
     assert not torch.equal(weights(old), weights(new)), "training must not touch the supervised checkpoint, and must change its own"
-    if arm == "ikvla": assert torch.equal(*(weights(load_part(str(f / "seed-0/nsp/llm"))[0]) for f in (world / "sft", tmp_path / "out"))), "the language model stays as it is"
+    if arm == "ikvla":
+        kept = [weights(load_part(str(f / "seed-0/nsp/llm"))[0]) for f in (world / "sft", tmp_path / "out")]
+        assert torch.equal(*kept), "the language model stays as it is"
 
 
 def test_misfits_are_refused(world, data, tmp_path):
-    with pytest.raises(KeyError, match="cannot be reinforced"): reinforce(SETTINGS, data, world / "caches", "ikvl", 0, world / "sft/seed-0", tmp_path / "o", tmp_path / "s")
+    with pytest.raises(KeyError, match="cannot be reinforced"):
+        reinforce(SETTINGS, data, world / "caches", "ikvl", 0, world / "sft/seed-0", tmp_path / "o", tmp_path / "s")
     with pytest.raises(ValueError, match="have no training window"): scenes_of(data.take(np.arange(2)), world / "caches")
     with pytest.raises(KeyError): GRPOSettings.read(dict(ik=RECIPE, text=RECIPE, chain=CHAIN, temperature=1.0))
     with pytest.raises(ValueError, match="predicts 6 keyframes"): run_config(replace(CONFIG, points=4), "nsp_3s")

@@ -93,6 +93,12 @@ def test_answers_do_not_depend_on_the_batch(model):
     assert answer(model, TOKENIZER, DATA, [], max_new=5) == []
 
 
+def test_rows_that_stand_for_no_word_are_never_written(model):
+    assert TOKENIZER.size > len(TOKENIZER.tokens)
+    with torch.no_grad(): model.llm.get_input_embeddings().weight[len(TOKENIZER.tokens):] = 30 * model.llm.get_input_embeddings().weight[:1]
+    assert all(isinstance(a, str) for a in answer(model, TOKENIZER, DATA, [(i, "any truck?") for i in range(4)], max_new=4))
+
+
 def told(**answers):
     asked = ask(TURNS, np.arange(len(TURNS)), DATA.token, DATA.scene)
     return Told(asked, {a: [f(asked)] for a, f in answers.items()})

@@ -25,7 +25,7 @@ from vlarepro.world.scene import box_corners, boxes_overlap
 
 
 @pytest.fixture(scope="module")
-def scene(): return make_scene(11, "scene-0011", "val", "boston-seaport")
+def scene(): return make_scene(12, "scene-0012", "val", "boston-seaport")
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,12 @@ def plan_navsim(
     reinforced: list,         # reinforced arms
     seeds: list,
     split: str = "test",
-    workers: int = 2,
+    workers: int = 2, threads: int = 1, device: str = "cpu",
 ) -> "dict[str, Float[np.ndarray, 's n 8 3']]":  # row of the tables → plans of the split's scored frames
     "Plans of every arm, before and after reinforcement."
     source = {"windows": str(windows), "features": str(features), "split": split, "anchors": True}
-    plans = {NAMES.get(a, a): p for a, p in plan_arms(source, sft, arms, seeds, workers).items()}
-    return plans | ({AFTER[a]: p for a, p in plan_arms(source, grpo, reinforced, seeds, workers).items()} if reinforced else {})
+    plans = {NAMES.get(a, a): p for a, p in plan_arms(source, sft, arms, seeds, workers, threads, device).items()}
+    return plans | ({AFTER[a]: p for a, p in plan_arms(source, grpo, reinforced, seeds, workers, threads, device).items()} if reinforced else {})
 
 
 def evaluate_navsim(
@@ -45,17 +45,18 @@ def evaluate_navsim(
     arms: list, reinforced: list, seeds: list,
     out: "str | Path",        # gets plans.npz and scores.npz
     split: str = "test",
-    workers: int = 2,
+    workers: int = 2, threads: int = 1, device: str = "cpu",
+    scorers: "int | None" = None,  # processes of the scorer; None: as `workers`
 ) -> NavsimScores:
     "Plan and score the scored frames of a split."
     w = load_windows(windows).of(split, anchors=True)
     files = [Path(caches) / f"{t}.npz" for t in w.token.tolist()]
     if missing := [f.stem for f in files if not f.exists()]: raise FileNotFoundError(f"{len(missing)} of {len(files)} scored frames of {split!r} have no scene cache, first {missing[0]}: run the caches stage of this world")
-    plans = plan_navsim(windows, features, sft, grpo, arms, reinforced, seeds, split, workers)
+    plans = plan_navsim(windows, features, sft, grpo, arms, reinforced, seeds, split, workers, threads, device)
     rules = rule_plans(files)
     rows = [(a, i) for a, p in plans.items() for i in range(len(p))] + [(a, 0) for a in rules]
     stack = [np.concatenate([p for p in plans.values()] + [r[v][None] for r in rules.values()]).astype(float) for v in (0, 1)]
-    scored = score_plans(files, w.log, *stack, workers=workers)
+    scored = score_plans(files, w.log, *stack, workers=scorers or workers)
     pick = lambda x, a: x[[k for k, (b, _) in enumerate(rows) if b == a]]
     names = list(dict.fromkeys(a for a, _ in rows))
     scores = NavsimScores(w.token, w.log, {a: tuple(seeds) if a in plans else (0,) for a in names}, {v: {a: {c: pick(x, a) for c, x in cols.items()} for a in names} for v, cols in scored.items()})
@@ -64,7 +65,7 @@ def evaluate_navsim(
     return scores
 
 # %% ../../nbs/80_evaluation/73_navsim_ikvla.ipynb #c006
-KEYS = {"windows", "features", "caches", "sft", "grpo", "arms", "reinforced", "seeds", "out", "split", "workers"}
+KEYS = {"windows", "features", "caches", "sft", "grpo", "arms", "reinforced", "seeds", "out", "split", "workers", "threads", "device", "scorers"}
 
 
 def main(argv=None) -> int:

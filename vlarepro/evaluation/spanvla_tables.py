@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'SUPERVISED', 'V1_COLUMNS', 'V2_COLUMNS', 'EXTRA', 'FIG5', 'SCORE_CLAIMS', 'Measured', 'read_measured',
            'cell', 'row', 'scored', 'score_table', 'table3', 'reasoning_table', 'quality_tables', 'scenario', 'figure3',
-           'latency_tables', 'join_mixed', 'count_rows', 'judge']
+           'latency_tables', 'join_mixed', 'drafting_table', 'count_rows', 'judge']
 
 # %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c003
 from collections import Counter
@@ -191,6 +191,14 @@ def join_mixed(quality: dict, times: dict) -> "tuple[dict, dict]":
         rows = [{**r, "values": {**scores[r["row"]]["values"], **r["values"]}, "seeds": scores[r["row"]]["seeds"], "stages": [*scores[r["row"]]["stages"], *r["stages"]]} if r["row"] in scores else r for r in times[name]]
         times[name] = rows + [r for k, r in scores.items() if k not in {x["row"] for x in rows}]
     return quality, times
+
+
+def drafting_table(drafting: list, latency: dict) -> dict:  # drafting: drafting.json of every seed
+    "What drafting of action tokens by an n-gram table would leave of AutoVLA's trajectory time (a bound: verification is counted as one token's time)."
+    per_pass, few = float(np.mean([d["tokens_per_pass"] for d in drafting])), min(latency["config"]["waypoints"])
+    row = {"tokens_per_pass": {"value": per_pass}, "passes": {"value": (few + 2) / per_pass}}
+    return {"title": "Control: n-gram drafting of action tokens (ours)", "columns": ["tokens_per_pass", "passes"], "note": f"{few} way-points, blocks of 8; the expert needs its Euler steps and no pass of the language model",
+            "rows": [{"row": "AutoVLA with an n-gram draft", "arm": "autovla_sft", "values": row, "seeds": list(range(len(drafting))), "stages": STAGES["sft"], "extra": True}]}
 
 
 def count_rows(latency: dict) -> dict:

@@ -191,9 +191,9 @@ def train_arms(
     return logs
 
 # %% ../../nbs/70_training/20_ikvla.ipynb #c014
-def _plan(source, folder, arms, seed, threads):
+def _plan(source, folder, arms, seed, threads, device):
     set_threads(threads)
-    with torch.inference_mode(): return plan_table(Path(folder) / f"seed-{seed}", arms, read_source(source), seed=seed)
+    with torch.inference_mode(): return plan_table(Path(folder) / f"seed-{seed}", arms, read_source(source), seed=seed, device=device)
 
 
 def plan_arms(
@@ -203,6 +203,7 @@ def plan_arms(
     seeds: list,
     workers: int = 2,          # processes; the result does not depend on it
     threads: int = 1,
+    device: str = "cpu",
 ) -> dict:                     # arm → (s, n, t, 3) x, y, heading
     "Plan every sample with every arm and seed."
     runs = {}
@@ -211,6 +212,6 @@ def plan_arms(
     if workers > 1:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            done = [f.result() for f in [pool.submit(_plan, source, str(folder), g, s, threads) for g, s in todo]]
-    else: done = [_plan(source, folder, g, s, threads) for g, s in todo]
+            done = [f.result() for f in [pool.submit(_plan, source, str(folder), g, s, threads, device) for g, s in todo]]
+    else: done = [_plan(source, folder, g, s, threads, device) for g, s in todo]
     return {a: np.stack([d[a][:, 0] for (g, s), d in zip(todo, done) if a in g]) for a in arms}

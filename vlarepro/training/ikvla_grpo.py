@@ -168,7 +168,7 @@ def reinforce(
     rows, scenes = scenes_of(data, caches)
     part, reward = data.take(rows), PDMReward(scenes, settings.version, score_workers)
     model, cfg, shape = load_part(str(sft / run / "llm"))
-    tokenizer = make_tokenizer(cfg)
+    tokenizer, model = make_tokenizer(cfg), model.to(device)
     if key:
         states = cache_states(model, part, tokenizer, style=cfg.style, device=device)
         module = load_part(str(sft / run / key))[0].requires_grad_(True)

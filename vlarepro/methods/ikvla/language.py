@@ -227,7 +227,7 @@ def answer(
     style: str = "compact", device: str = "cpu",
 ) -> list:                        # an answer to each question
     "Greedy answers."
-    w, s = Wording(tokenizer, style), model.shape
+    w, s, known = Wording(tokenizer, style), model.shape, len(getattr(tokenizer, "tokens", None) or tokenizer.base)  # rows above stand for no word
     end, pad, decode = w.marks["answer_end"], tokenizer.id("<|endoftext|>"), getattr(tokenizer, "decode_text", tokenizer.decode)
     prefix = {r: w.prefix(data, r, s.n if model.sees else 0, 0 if plans_text else s.h * s.n) for r in sorted({r for r, _ in asked})}
     prompts = [prefix[r] + w.question(q) for r, q in asked]
@@ -242,10 +242,10 @@ def answer(
         length = torch.tensor([len(x) for x in ids], device=device)
         tokens = torch.tensor([x + [pad] * (int(length.max()) - len(x)) for x in ids], device=device)
         x = model.embed(tokens, ego_tensor(data, rows, device), model.projector(current_features(data, rows, None, device)) if model.sees else None)
-        token = decoder.prefill(x, lengths=length).logits[:, -1].argmax(-1)
+        token = decoder.prefill(x, lengths=length).logits[:, -1, :known].argmax(-1)
         written, done = [token], token == end
         while not bool(done.all()) and len(written) < max_new:
-            token = decoder.step(token[:, None]).logits[:, -1].argmax(-1)
+            token = decoder.step(token[:, None]).logits[:, -1, :known].argmax(-1)
             written.append(token); done = done | (token == end)
         for i, row in zip(some, torch.stack(written, 1).tolist()): out[i] = decode(row[:row.index(end)] if end in row else row)
     return out

@@ -99,14 +99,18 @@ def _load_part(folder, _mtime_ns):
 # %% ../../../nbs/60_methods/ikvla/60_planner.ipynb #c010
 @torch.no_grad()
 def plan_heads(
-    head: torch.nn.Module, config: IKVLAConfig, current, following, n_samples: int, generator, batch: int = 512,
+    head: torch.nn.Module, config: IKVLAConfig, current, following, n_samples: int, generator, batch: int = 64,
 ) -> Float[np.ndarray, "n k t 3"]:
     "Plan from states; with one path wanted, a diffusion head answers with the mean of `config.samples` draws."
-    out, draws = [], n_samples if n_samples > 1 or not isinstance(head, IKNetwork) else config.samples
+    out, draws, device = [], n_samples if n_samples > 1 or not isinstance(head, IKNetwork) else config.samples, _device(head)
     for i in range(0, len(current), batch):
-        p = head_plan(head, current[i:i + batch].float(), following[i:i + batch].float(), draws, generator, config.sample_steps, config.sample_eta)
+        now, after = current[i:i + batch].to(device).float(), following[i:i + batch].to(device).float()
+        p = head_plan(head, now, after, draws, generator, config.sample_steps, config.sample_eta)
         out.append(p if draws == n_samples else mean_path(p))
     return torch.cat(out).cpu().numpy()
+
+
+def _device(module): return next(module.parameters()).device
 
 
 def mean_path(paths: Float[torch.Tensor, "b k t 3"]) -> Float[torch.Tensor, "b 1 t 3"]:
@@ -118,13 +122,14 @@ def mean_path(paths: Float[torch.Tensor, "b k t 3"]) -> Float[torch.Tensor, "b 1
 @torch.no_grad()
 def plan_text(model: DrivingLLM, config: IKVLAConfig, tokenizer, data: DriveData, batch: int = 512) -> Float[np.ndarray, "n 1 t 3"]:
     "Greedy decoding of the trajectory text."
-    ids, mask = prompt_ids(data, tokenizer, model.shape.n if model.sees else 0, 0, style=config.style)
+    ids, mask, device = *prompt_ids(data, tokenizer, model.shape.n if model.sees else 0, 0, style=config.style), _device(model)
     allowed = [[tokenizer.id(t) for t in part] for part in (WHOLE, TENTHS)] * (2 * config.points)
     words, out = {tokenizer.id(t): t for t in (*WHOLE, *TENTHS)}, []
     for i in range(0, len(data), batch):
         rows = np.arange(i, min(i + batch, len(data)))
-        current = model.projector(current_features(data, rows)) if model.sees else None
-        written = model.write(torch.as_tensor(ids[rows]), ego_tensor(data, rows), current, allowed, None if mask is None else torch.as_tensor(mask[rows]))
+        current = model.projector(current_features(data, rows, device=device)) if model.sees else None
+        masked = None if mask is None else torch.as_tensor(mask[rows], device=device)
+        written = model.write(torch.as_tensor(ids[rows], device=device), ego_tensor(data, rows, device), current, allowed, masked)
         out += [parse_trajectory([words[t] for t in row]) for row in written.tolist()]
     xy = torch.as_tensor(np.stack(out), dtype=torch.float32)
     return to_path(torch.cat([xy[:, :1], xy[:, 1:] - xy[:, :-1]], 1))[:, None].numpy()
@@ -138,22 +143,25 @@ def plan_table(
     n_samples: int = 1,
     seed: int = 0,            # of the sampling noise, the same for every arm
     states: "dict | None" = None,  # filled with the states of each run, to be looked at afterwards
+    device: str = "cpu",
 ) -> dict:                    # arm -> (n, k, t, 3) x, y, heading
     "Plans of several arms for every sample of a table."
     folder, out, states = Path(folder), {}, {} if states is None else states
     for name in arms:
         a = arm(name)
         if a.run is None:
-            head, *_ = load_part(str(folder / "direct" / a.head))
+            head = load_part(str(folder / "direct" / a.head))[0].to(device)
             p = [_plan_direct(head, data, r) for r in np.array_split(np.arange(len(data)), 1 + len(data) // 1024)]
             out[name] = torch.cat(p).numpy().repeat(n_samples, 1)
             continue
         model, config, shape = load_part(str(folder / a.run / "llm"))
-        tokenizer = make_tokenizer(config)
+        tokenizer, model = make_tokenizer(config), model.to(device)
         if a.head == "text": out[name] = plan_text(model, config, tokenizer, data).repeat(n_samples, 1); continue
-        head = load_part(str(folder / a.run / head_key(a)))[0]
+        head = load_part(str(folder / a.run / head_key(a)))[0].to(device)
         if a.head == "hidden": out[name] = _plan_hidden(model, head, config, tokenizer, data).repeat(n_samples, 1); continue
-        if a.run not in states: states[a.run] = cache_states(model, data, tokenizer, style=config.style, true=any(arm(n).run == a.run and arm(n).following == "true" for n in arms))
+        if a.run not in states:
+            true = any(arm(n).run == a.run and arm(n).following == "true" for n in arms)
+            states[a.run] = cache_states(model, data, tokenizer, style=config.style, device=device, true=true)
         following = states[a.run][a.following]
         if a.test == "shuffled":
             if len(data) < 2: raise ValueError("the shuffled control needs at least 2 samples: plan a batch, not one sample")
@@ -163,20 +171,21 @@ def plan_table(
 
 
 def _plan_direct(head, data, rows):
-    z = head(current_features(data, rows) if head.sees else None, ego_tensor(data, rows), torch.as_tensor(data.command[rows]))
-    xy = extrapolation(data, rows) + head.path(z)[:, 0, :, :2]
-    return to_path(torch.cat([xy[:, :1], xy[:, 1:] - xy[:, :-1]], 1))[:, None]
+    device = _device(head)
+    z = head(current_features(data, rows, device=device) if head.sees else None, ego_tensor(data, rows, device), torch.as_tensor(data.command[rows], device=device))
+    xy = extrapolation(data, rows, device) + head.path(z)[:, 0, :, :2]
+    return to_path(torch.cat([xy[:, :1], xy[:, 1:] - xy[:, :-1]], 1))[:, None].cpu()
 
 
 def _plan_hidden(model, head, config, tokenizer, data, batch=512):
-    s, out = model.shape, []
+    s, out, device = model.shape, [], _device(model)
     ids, mask = prompt_ids(data, tokenizer, s.n if model.sees else 0, s.h * s.n, style=config.style)
     for i in range(0, len(data), batch):
         rows = np.arange(i, min(i + batch, len(data)))
-        x = torch.as_tensor(ids[rows])
-        current, masked = model.projector(current_features(data, rows)) if model.sees else None, None if mask is None else torch.as_tensor(mask[rows])
-        hidden = model.hidden(x, ego_tensor(data, rows), current, masked, s.h * s.n + 1)
-        out.append(head.path(head(hidden, x[:, -hidden.shape[1]:] == model.special["next"])))
+        x = torch.as_tensor(ids[rows], device=device)
+        current = model.projector(current_features(data, rows, device=device)) if model.sees else None
+        hidden = model.hidden(x, ego_tensor(data, rows, device), current, None if mask is None else torch.as_tensor(mask[rows], device=device), s.h * s.n + 1)
+        out.append(head.path(head(hidden, x[:, -hidden.shape[1]:] == model.special["next"])).cpu())
     return torch.cat(out).numpy()
 
 # %% ../../../nbs/60_methods/ikvla/60_planner.ipynb #c013

@@ -108,7 +108,7 @@ def sequences(
     tail[:, :text.shape[1]] = torch.as_tensor(np.asarray(text)[:, :tail.shape[1]])
     length = torch.as_tensor(length)
     tail[torch.arange(len(tail)), length] = tokenizer.convert_tokens_to_ids("<|traj_future_start|>")
-    return Sequences(torch.cat([prompt, tail], 1), frame_features(features, data.frames[rows], layout.cameras), length, layout.length, speed_of(data.history[rows], tokenizer))
+    return Sequences(torch.cat([prompt, tail], 1), frame_features(features, data.frames[rows], layout), length, layout.length, speed_of(data.history[rows], tokenizer))
 
 # %% ../../../nbs/60_methods/specdec/20_target.ipynb #c011
 class TargetTask:
@@ -143,7 +143,7 @@ def lean(target: Target, batch: int, longest: int, taps: tuple = ()) -> LeanDeco
 def prompt_inputs(target: Target, data: Traces, rows, features: np.ndarray) -> dict:
     "What `LeanDecoder.prefill` takes."
     ids = prompt_ids(target.config.layout, target.tokenizer, data.history[rows], data.command[rows]).to(target.device)
-    return dict(tokens=target.embed(ids, frame_features(features, data.frames[rows], target.config.layout.cameras)), positions=target.positions(ids.shape[1], len(ids)))
+    return dict(tokens=target.embed(ids, frame_features(features, data.frames[rows], target.config.layout)), positions=target.positions(ids.shape[1], len(ids)))
 
 
 @torch.no_grad()

@@ -40,9 +40,10 @@ def main():
     ids = torch.randint(0, 1024, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
     decoder, prompt = LeanDecoder(model, PROMPT + NEW + 32), dict(tokens=ids)
     plain = decode(decoder, prompt, NEW)
+    options = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     arms = {
-        "hf_generate": lambda: model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0, PROMPT:].tolist(),
-        "hf_prompt_lookup": lambda: model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=BLOCK)[0, PROMPT:].tolist(),
+        "hf_generate": lambda: model.generate(ids, **options)[0, PROMPT:].tolist(),
+        "hf_prompt_lookup": lambda: model.generate(ids, **options, prompt_lookup_num_tokens=BLOCK)[0, PROMPT:].tolist(),
         "lean": lambda: decode(decoder, prompt, NEW),
         "lean_ngram": lambda: decode(decoder, prompt, NEW, draft=NGram(plain.tokens, 6, BLOCK)),
         "lean_told_4.6": lambda: decode(decoder, prompt, NEW, draft=Oracle(plain.tokens, [3, 4, 4, 3, 4], BLOCK)),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core.params import load_config, strict
-from ..core.paths import read_json, write_json
+from ..core.paths import write_json
 from ..core.provenance import device_name
 from ..decoding.acceptance import expected_length
 from ..decoding.decoder import Launches, LeanDecoder
@@ -109,7 +109,7 @@ def measure(s: LatencySettings, device: str = "cpu") -> dict:
         drafter.start(decoder, prompt, out if out.features.shape[1] == p else decoder.prefill(**prompt))
         last = token(1)[:, 0]
         key = f"{layers} layers, {head or s.vocab} rows"
-        times[key] = timed(lambda d=drafter: d.propose(last), s.repeats, device)
+        times[key] = timed(lambda d=drafter, x=last: d.propose(x), s.repeats, device)
         with Launches(True) as count: drafter.propose(last)
         drafts[key] = {"c": float(np.median(times[key])) / decode_ms, "launches": count.total}
         if (layers, head) != tuple(s.drafts[0]): continue
@@ -118,7 +118,7 @@ def measure(s: LatencySettings, device: str = "cpu") -> dict:
             told_draft = Oracle(text, told(tau, block, n), block, drafter)
             plain, fast = [], []
             for _ in range(3):                                    # interleaved
-                plain += timed(lambda: decode(decoder, prompt, n), 1, device)
+                plain += timed(lambda n=n: decode(decoder, prompt, n), 1, device)
                 start = time.perf_counter(); got = decode(decoder, prompt, n, draft=told_draft); fast.append(1e3 * (time.perf_counter() - start))
             if got.tokens != text: raise RuntimeError(f"with the draft on, the text differs from plain decoding at token {next(i for i, (a, b) in enumerate(zip(got.tokens[0], text[0])) if a != b)}: losslessness is broken on this device and precision")
             pre = float(np.median(times["prefill"]))

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from ...core.paths import atomic_write
 from ...data.sample import COMMANDS
 from ...data.table import SampleTable
-from ...data.tokenizer import load_tokenizer, train_tokenizer
+from ...data.tokenizer import train_tokenizer
 from ...models.vlm import Grid, mrope_positions
 
 # %% ../../../nbs/60_methods/specdec/10_prompt.ipynb #c006

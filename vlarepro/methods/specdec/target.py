@@ -59,8 +59,9 @@ class Target(nn.Module):
     def device(self): return self.vlm.device
 
     def embed(self, ids: Int[torch.Tensor, "b l"], features: Float[torch.Tensor, "b n d"]) -> Float[torch.Tensor, "b l w"]:
-        "Input embeddings of a sequence whose prompt has visual places."
-        return self.vlm.embed(ids, features.to(self.device))
+        "Input embeddings of a sequence that starts with visual places (the placeholder elsewhere is a token like others: a text may hold it)."
+        seen = self.vlm.see(features.to(self.device))
+        return torch.cat([seen, self.vlm.hf.get_input_embeddings()(ids[:, seen.shape[1]:]).to(seen.dtype)], 1)
 
     def positions(self, length: int, batch: int = 1) -> Int[torch.Tensor, "3 b l"]:
         "Target positions of a sequence."

@@ -26,7 +26,8 @@ def qwen25vl(tie=False):
 
 
 def qwen3vl():
-    vision = dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=4, out_hidden_size=64, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+    vision = dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=4, out_hidden_size=64, num_position_embeddings=16,
+                  deepstack_visual_indexes=[0, 1])
     text = dict(TEXT, head_dim=24, rope_parameters={**ROPE, "mrope_section": [4, 4, 4], "mrope_interleaved": True})
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **IMAGE))
 
@@ -109,7 +110,8 @@ def test_every_row_has_its_own_length(family):
     close(decoder.step(block).logits, torch.stack([want[i, n:n + 4] for i, n in enumerate(lengths.tolist())]))
     lengths = lengths + torch.tensor([1, 4, 2])
     decoder.rollback(lengths)
-    close(decoder.step(torch.stack([ids[i, n:n + 3] for i, n in enumerate(lengths.tolist())])).logits, torch.stack([want[i, n:n + 3] for i, n in enumerate(lengths.tolist())]))
+    cut = lambda x: torch.stack([x[i, n:n + 3] for i, n in enumerate(lengths.tolist())])
+    close(decoder.step(cut(ids)).logits, cut(want))
 
 
 def test_three_dimensional_ids_matter(family):
@@ -126,7 +128,8 @@ def test_a_prompt_with_pixels(name):
     "Images, 3-D positions and deep-stack features come out of the owner's own forward."
     model = disturbed(FAMILIES[name], 2)
     ids = torch.cat([torch.tensor([1, 92]), torch.full((6,), 90), torch.tensor([93]), torch.arange(9) + 20])[None]
-    inputs = dict(input_ids=ids, pixel_values=torch.randn(24, 96, generator=torch.Generator().manual_seed(1)), image_grid_thw=torch.tensor([[1, 4, 6]]), mm_token_type_ids=(ids == 90).long())
+    pixels = torch.randn(24, 96, generator=torch.Generator().manual_seed(1))
+    inputs = dict(input_ids=ids, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 6]]), mm_token_type_ids=(ids == 90).long())
     with torch.no_grad(): want = model(**inputs).logits
     prompt = prompt_of(model, **inputs)
     assert (prompt["deepstack"] is None) == (name == "qwen2.5-vl") and not torch.equal(prompt["positions"][0], prompt["positions"][2])
@@ -140,7 +143,8 @@ def test_a_prompt_with_pixels(name):
 def test_refusals():
     sliding = Qwen2ForCausalLM(Qwen2Config(**TEXT, rope_parameters=ROPE, use_sliding_window=True, sliding_window=8, max_window_layers=0))
     with pytest.raises(NotImplementedError, match="sliding window"): LeanDecoder(sliding, 64)
-    yarn = Qwen2ForCausalLM(Qwen2Config(**TEXT, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}))
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    yarn = Qwen2ForCausalLM(Qwen2Config(**TEXT, rope_parameters=scaled))
     with pytest.raises(NotImplementedError, match="rope type"): LeanDecoder(yarn, 64)
     d = LeanDecoder(qwen2(), 64)
     with pytest.raises(ValueError, match="batch=2"): d.prefill(tokens(2, 8))
@@ -155,7 +159,8 @@ def written():
     "208 prompts and what Hugging Face's greedy generate writes to them."
     model = disturbed(qwen2, 3)
     prompts = tokens(208, 20, seed=4)
-    with torch.no_grad(): out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)
+    options = dict(max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with torch.no_grad(): out = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
     return model, prompts, out[:, 20:].tolist()
 
 

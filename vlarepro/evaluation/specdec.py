@@ -121,7 +121,7 @@ def reactions(
     decoder, found = lean(t, len(data), text.shape[1], taps), {}
     for kind in ("clean", "image", "history"):
         s = sequences(data, rows, features, t.config.layout, t.tokenizer, text, length).to(t.device)
-        if kind == "image": s.features = frame_features(features, data.frames[other], t.config.layout.cameras).to(t.device)
+        if kind == "image": s.features = frame_features(features, data.frames[other], t.config.layout).to(t.device)
         if kind == "history":
             a, b = t.config.layout.groups["history"]
             s.ids[:, a:b] = torch.as_tensor(data.history[other], device=t.device)

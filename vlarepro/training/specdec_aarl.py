@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from ..core.params import strict
 from ..core.paths import write_json
@@ -112,6 +112,7 @@ class DraftPolicy:
         tokens, texts = self.write(module, each, u, greedy)
         plans = plan_after(self.target, self.decoder, texts, self.data.history[each])
         mask = torch.arange(1, tokens.shape[1], device=tokens.device) < torch.tensor([len(x) for x in texts], device=tokens.device)[:, None]
+        mask[:, 0] = True                                     # a text that the target's own first token ended still counts one decision
         out = Rollout(rows, group, tokens, mask, torch.ones(self.words, device=tokens.device), plans.cpu().numpy())
         out.seen = self._context(each, tokens, texts)
         return out

@@ -71,8 +71,8 @@ def prompt_of(
 
 # %% ../../../nbs/60_methods/spanvla/20_answers.ipynb #c012
 SAYS = {  # word in the last clause -> what the plan must do
-    "stop": ("stop", "halt", "come to rest", "wait", "stay put", "remain standing", "stand "), "brake": ("slow", "brake", "drop", "ease off", "lose a little", "take off speed", "fall back", "give way"),
-    "go": ("speed up", "gain speed", "accelerate", "set off", "pull away", "start"), "left": ("turn left", "left turn", "go left", "to the left lane", "take the left", "zip in to the left"),
+    "stop": ("stop", "halt", "come to rest", "wait", "stay put", "stay at", "stay and", "stay in the queue", "hold at", "let them pass first", "remain standing", "stand until"), "brake": ("slow", "brake", "drop", "ease off", "lose a little", "take off speed", "fall back", "give way"),
+    "go": ("speed up", "gain speed", "more speed", "take the gap", "accelerate", "set off", "pull away", "start"), "left": ("turn left", "left turn", "go left", "to the left lane", "take the left", "zip in to the left"),
     "right": ("turn right", "right turn", "go right", "to the right lane", "take the right", "zip in to the right")}
 
 
@@ -80,9 +80,9 @@ def says(
     text: str,
 ) -> set:                 # keys of SAYS
     "What the decision in a trace commits to."
-    found = re.findall(r"[^.;]*(?:should|best)[^.;]*", text.lower())
+    found = re.findall(r"\b(?:should|best)\b([^.;]*)", text.lower())   # what follows is the decision, what precedes may be the cause
     if not found: return set()
-    said = re.split(r",? because ", found[-1])[0]
+    said = re.split(r",? because ", found[-1])[0].replace("prepare to stop", "brake").replace("wait for a gap", "brake")
     return {k for k, words in SAYS.items() if any(w in said for w in words)}
 
 

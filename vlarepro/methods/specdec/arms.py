@@ -7,15 +7,15 @@ __all__ = ['ARMS', 'CONTROLS', 'draft_config', 'write_texts', 'feature_pass', 'D
            'ClassTable']
 
 # %% ../../../nbs/60_methods/specdec/40_arms.ipynb #c003
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from ...core.params import nearest
 from ...core.seeds import key_seed
-from ...decoding.acceptance import choose
 from ...decoding.decoder import LeanDecoder, Step
 from .draft import DraftConfig, RoutineDraft, block_logits, draft_loss, pick_anchors
 from .prompt import Traces
@@ -130,7 +130,6 @@ class ReplicaDraft:
 class ClassTable:
     "Routine or commitment, from a token's neighbours."
     def __init__(self, data: Traces):
-        from collections import Counter
         self.votes = [Counter() for _ in range(3)]
         for text, commits, n in zip(data.text, data.commits, data.length):
             for key, c in zip(self._keys(text[:n].tolist()), commits[:n].tolist()):

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ...core.seeds import torch_rng
 from ...decoding.decoder import LeanDecoder, Step, attend, packed_mask
 from ...decoding.rotary import Rotary, arrange, rotate
 from .prompt import Layout

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from ...core.paths import atomic_write
 from ...data.sample import COMMANDS
 from ...data.table import SampleTable
-from ...data.tokenizer import load_tokenizer, train_tokenizer
+from ...data.tokenizer import train_tokenizer
 from ...models.vlm import Grid, mrope_positions
 
 # %% ../../../nbs/60_methods/specdec/10_prompt.ipynb #c006
@@ -147,15 +147,16 @@ class Layout:
     "Where things stand in a prompt."
     cameras: int
     frames: int
-    rows: int         # visual tokens of one image
+    rows: int         # visual tokens of one image, as the encoder gives them
     columns: int
+    repeat: int = 1   # each stands for a patch of repeat x repeat tokens: the geometry of a long prompt without a finer encoder
 
     @property
-    def visual(self) -> int: return self.cameras * self.frames * self.rows * self.columns
+    def visual(self) -> int: return self.cameras * self.frames * self.rows * self.columns * self.repeat ** 2
     @property
     def length(self) -> int: return self.visual + HISTORY + 2   # command and <|cot_start|> follow
     @property
-    def grids(self) -> list: return [Grid(1, self.rows, self.columns)] * (self.cameras * self.frames)
+    def grids(self) -> list: return [Grid(1, self.rows * self.repeat, self.columns * self.repeat)] * (self.cameras * self.frames)
     @property
     def groups(self) -> dict:
         "Token groups as [from, to)."
@@ -187,12 +188,14 @@ def sequence_positions(
 def frame_features(
     features: np.ndarray,                 # (N, cameras * rows * columns, d) of every keyframe, camera by camera
     frames: Int[np.ndarray, "b f"],
-    cameras: int,
+    layout: Layout,
 ) -> Float[torch.Tensor, "b n d"]:        # camera by camera, its frames in order of time
     "Visual tokens of some rows."
     x = np.asarray(features[frames])
     b, f, n, d = x.shape
-    return torch.as_tensor(np.ascontiguousarray(x.reshape(b, f, cameras, n // cameras, d).transpose(0, 2, 1, 3, 4).reshape(b, f * n, d)), dtype=torch.float32)
+    x = x.reshape(b, f, layout.cameras, layout.rows, layout.columns, d).transpose(0, 2, 1, 3, 4, 5)
+    if layout.repeat > 1: x = x.repeat(layout.repeat, 3).repeat(layout.repeat, 4)
+    return torch.as_tensor(np.ascontiguousarray(x.reshape(b, -1, d)), dtype=torch.float32)
 
 # %% ../../../nbs/60_methods/specdec/10_prompt.ipynb #c019
 def toy_traces(
@@ -213,7 +216,7 @@ def toy_traces(
     longest = max(len(i) for i, _ in enc)
     text, commits = np.zeros((n, longest), np.int32), np.zeros((n, longest), bool)
     for r, (i, c) in enumerate(enc): text[r, :len(i)], commits[r, :len(c)] = i, c
-    features = 0.3 * g.normal(size=(2 * n, layout.visual // layout.frames, width)).astype(np.float32)
+    features = 0.3 * g.normal(size=(2 * n, layout.cameras * layout.rows * layout.columns, width)).astype(np.float32)
     features[1::2, 0, :4] += 3 * np.eye(4)[seen]
     steps = np.zeros((n, STEPS, 3))
     steps[..., 0] = speed[:, None] * 0.1

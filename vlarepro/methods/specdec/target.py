@@ -59,8 +59,9 @@ class Target(nn.Module):
     def device(self): return self.vlm.device
 
     def embed(self, ids: Int[torch.Tensor, "b l"], features: Float[torch.Tensor, "b n d"]) -> Float[torch.Tensor, "b l w"]:
-        "Input embeddings of a sequence whose prompt has visual places."
-        return self.vlm.embed(ids, features.to(self.device))
+        "Input embeddings of a sequence that starts with visual places (the placeholder elsewhere is a token like others: a text may hold it)."
+        seen = self.vlm.see(features.to(self.device))
+        return torch.cat([seen, self.vlm.hf.get_input_embeddings()(ids[:, seen.shape[1]:]).to(seen.dtype)], 1)
 
     def positions(self, length: int, batch: int = 1) -> Int[torch.Tensor, "3 b l"]:
         "Target positions of a sequence."
@@ -108,7 +109,7 @@ def sequences(
     tail[:, :text.shape[1]] = torch.as_tensor(np.asarray(text)[:, :tail.shape[1]])
     length = torch.as_tensor(length)
     tail[torch.arange(len(tail)), length] = tokenizer.convert_tokens_to_ids("<|traj_future_start|>")
-    return Sequences(torch.cat([prompt, tail], 1), frame_features(features, data.frames[rows], layout.cameras), length, layout.length, speed_of(data.history[rows], tokenizer))
+    return Sequences(torch.cat([prompt, tail], 1), frame_features(features, data.frames[rows], layout), length, layout.length, speed_of(data.history[rows], tokenizer))
 
 # %% ../../../nbs/60_methods/specdec/20_target.ipynb #c011
 class TargetTask:
@@ -143,7 +144,7 @@ def lean(target: Target, batch: int, longest: int, taps: tuple = ()) -> LeanDeco
 def prompt_inputs(target: Target, data: Traces, rows, features: np.ndarray) -> dict:
     "What `LeanDecoder.prefill` takes."
     ids = prompt_ids(target.config.layout, target.tokenizer, data.history[rows], data.command[rows]).to(target.device)
-    return dict(tokens=target.embed(ids, frame_features(features, data.frames[rows], target.config.layout.cameras)), positions=target.positions(ids.shape[1], len(ids)))
+    return dict(tokens=target.embed(ids, frame_features(features, data.frames[rows], target.config.layout)), positions=target.positions(ids.shape[1], len(ids)))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 usage: python tools/repro_profile.py PROFILE
 
 The copy lies in scratch/profiles/PROFILE and is kept, so a second run is fast. It holds the tracked files and those that git
-does not ignore, `params.yaml` with every paper in [PROFILE] alone, and its own DVC cache.
+does not ignore, `params.yaml` with `active: [PROFILE]`, and its own DVC cache.
 """
 
 import os
@@ -54,7 +54,7 @@ def main() -> int:
     copy = ROOT / "scratch" / "profiles" / profile
     sync(copy)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    for key in ("active", "worlds", "spanvla_in", "specdec_in", "lastvla_in"):
+    for key in ("active", "worlds"):
         text, n = re.subn(rf"^{key}: \[.*\]", f"{key}: [{profile}]", text, flags=re.M)
         if n != 1:
             print(f"error: params.yaml has no line `{key}: [...]` ({nearest(key, ['active', 'worlds'])})", file=sys.stderr)

@@ -41,10 +41,10 @@ class GateData:
     gap: Float[np.ndarray, " n"]       # how far the two are apart on average [m]
     events: dict                       # name -> (n,) bool; empty where the data have none
     scene: Int[np.ndarray, " n"]       # unit of resampling
-    split: np.ndarray                  # "train", "dev" or "val"
+    split: np.ndarray                  # "train", "dev", "val" or "test"
     mirror: Float[Tensor, "n e"] | None = None  # ego inputs of the mirrored drive; None: heads train without
 
-    def rows(self, split: str) -> Int[np.ndarray, " m"]: return np.flatnonzero(self.split == split)
+    def rows(self, split: str) -> Int[np.ndarray, " m"]: return np.flatnonzero(np.isin(self.split, split.split("+")))  # "val", or "val+test"
 
 
 SIDEWAYS = ("v_y", "a_y", "yaw_rate", "steering")   # change sign in the mirror
@@ -364,7 +364,7 @@ def gate_errors(
     data: GateData,
     fit: HeadFit,
     seeds: tuple,                    # training seeds
-    split: str,                      # where errors are measured: "dev" while tuning, "val" once
+    split: str,                      # where errors are measured: "dev" while tuning, "val" and "test" once
     arms: tuple = tuple(HEADS),
     workers: int = 1,                # processes of one thread; the result does not depend on how many
     others: int = 3,                 # seeds of the arms other than blind and direct: the first so many

@@ -68,7 +68,7 @@ JPEG_QUALITY = 92
 
 def jpeg(rgb: UInt8[np.ndarray, "h w 3"]) -> bytes:
     "An image as JPEG."
-    ok, data = cv2.imencode('.jpg', np.ascontiguousarray(rgb[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    ok, data = cv2.imencode('.jpg', cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not ok: raise RuntimeError(f'OpenCV could not encode an image of shape {rgb.shape}')
     return data.tobytes()
 

@@ -268,7 +268,8 @@ def _paint(canvas: np.ndarray, faces: np.ndarray, polygons: _Polygons, shapes: S
     "Draw one keyframe; returns the piece of `proj` behind each face number (1, 2, …)."
     index, fill, plain = polygons.index[proj.polygon], cv2.fillConvexPoly, cv2.LINE_8
     key, count, is_face = polygons.distance[proj.polygon] + shapes.bias[index], shapes.count[index], shapes.label[index] >= 0
-    rgb, drawn, number = np.pad(np.rint(polygons.rgb[proj.polygon]).astype(int), ((0, 0), (0, 1))), [], 0
+    rgb, drawn, number = np.zeros((len(index), 4), int), [], 0
+    rgb[:, :3] = np.rint(polygons.rgb[proj.polygon])
     for c in range(len(canvas)):
         first, last = proj.first[c:c + 2]
         order = first + np.argsort(-key[first:last], kind='stable')

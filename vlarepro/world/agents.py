@@ -207,7 +207,7 @@ def without_contact(
     "The agents that never touch a more important one."
     kept, reach = agents[:keep], [_reach(a, grow_m) for a in agents[:keep]]
     for agent in agents[keep:]:
-        x0, x1, y0, y1 = mine = _reach(agent)
+        x0, x1, y0, y1 = _reach(agent)
         apart = lambda b: b[0] > x1 or b[1] < x0 or b[2] > y1 or b[3] < y0  # noqa: B023
         if any(not apart(b) and touching(other, agent, grow_m) for other, b in zip(kept, reach)): continue
         kept.append(agent); reach.append(_reach(agent, grow_m))

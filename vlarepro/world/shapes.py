@@ -10,7 +10,7 @@ __all__ = ['N_VERTICES', 'ALWAYS', 'FAR_M', 'WALL_BIAS_M', 'Number', 'Parts', 'b
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c002
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -96,7 +96,7 @@ def _corners(parts: list) -> Float[np.ndarray, "n 4 4"]:  # parts: n times u0, u
     u, v = parts[:, [0, 1, 1, 0]], parts[:, [2, 2, 3, 3]]
     return np.ascontiguousarray(np.stack([(1 - u) * (1 - v), u * (1 - v), u * v, (1 - u) * v], -1))
 
-@lru_cache(maxsize=None)
+@cache
 def _strips(n: int) -> Float[np.ndarray, "n 4 4"]:
     "Weights that cut a face into n upright panels."
     return _corners([(i / n, (i + 1) / n, 0, 1) for i in range(n)])

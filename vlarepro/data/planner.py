@@ -38,7 +38,8 @@ def register(
     "Register a planner under a name."
     def add(cls):
         old = _PLANNERS.get(name)
-        if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+        same = old is None or old.__qualname__ == cls.__qualname__ and (old.__module__ == cls.__module__ or "__main__" in (old.__module__, cls.__module__))
+        if not same:
             raise ValueError(f"planner {name!r} is already {old.__module__}.{old.__qualname__}: choose another name")
         _PLANNERS[name] = cls
         return cls

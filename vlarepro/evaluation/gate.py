@@ -41,10 +41,10 @@ class GateData:
     gap: Float[np.ndarray, " n"]       # how far the two are apart on average [m]
     events: dict                       # name -> (n,) bool; empty where the data have none
     scene: Int[np.ndarray, " n"]       # unit of resampling
-    split: np.ndarray                  # "train", "dev" or "val"
+    split: np.ndarray                  # "train", "dev", "val" or "test"
     mirror: Float[Tensor, "n e"] | None = None  # ego inputs of the mirrored drive; None: heads train without
 
-    def rows(self, split: str) -> Int[np.ndarray, " m"]: return np.flatnonzero(self.split == split)
+    def rows(self, split: str) -> Int[np.ndarray, " m"]: return np.flatnonzero(np.isin(self.split, split.split("+")))  # "val", or "val+test"
 
 
 SIDEWAYS = ("v_y", "a_y", "yaw_rate", "steering")   # change sign in the mirror
@@ -364,23 +364,24 @@ def gate_errors(
     data: GateData,
     fit: HeadFit,
     seeds: tuple,                    # training seeds
-    split: str,                      # where errors are measured: "dev" while tuning, "val" once
+    split: str,                      # where errors are measured: "dev" while tuning, "val" and "test" once
     arms: tuple = tuple(HEADS),
     workers: int = 1,                # processes of one thread; the result does not depend on how many
+    others: int = 3,                 # seeds of the arms other than blind and direct: the first so many
 ) -> tuple:                          # {arm: (seeds, m) ADE [m]}, [{arm, seed, dev_ade, and steps where several were tried}]
     "Train every arm on train and measure it; the blind planner until dev no longer improves on the first seed, and as long on the others."
     if "blind" not in arms: raise ValueError("gate: the arms must contain 'blind', the planner that all others are compared with")
-    first, sees, others = seeds[0], "direct" in arms, sorted(set(arms) - {"blind", "direct"}, key=lambda a: (a != "oracle_cross", a))
+    first, sees, rest = seeds[0], "direct" in arms, sorted(set(arms) - {"blind", "direct"}, key=lambda a: (a != "oracle_cross", a))
     parts = range(3 if sees else 0)
-    (found, paths), *more = _run([(_blind, first, fit, split, True), *[(_held, fit, first, p) for p in parts], *[(_arm, a, first, fit, split) for a in others]], data, workers)
+    (found, paths), *more = _run([(_blind, first, fit, split, True), *[(_held, fit, first, p) for p in parts], *[(_arm, a, first, fit, split) for a in rest]], data, workers)
     held = None
     if sees:
         held = torch.empty(len(data.rows("train")), 6, 2)
         for places, p in more[: len(parts)]: held[torch.as_tensor(places)] = p
     best = replace(fit, steps=min(found[0][2], key=lambda x: x["dev_ade"])["steps"])
     jobs = [(_blind, s, best, split, False, held) for s in seeds[1:]] + ([(_arm, "direct", first, fit, split, paths, held)] if sees else [])
-    rest = _run(jobs + [(_arm, a, s, fit, split) for a in others for s in seeds[1:]], data, workers) if len(seeds) > 1 or sees else []
-    every = sorted((x for r in [found, *more[len(parts) :], *rest] for x in r), key=lambda x: seeds.index(x[2][0]["seed"]))
+    jobs += [(_arm, a, s, fit, split) for a in rest for s in seeds[1:others]]
+    every = sorted((x for r in [found, *more[len(parts) :], *(_run(jobs, data, workers) if jobs else [])] for x in r), key=lambda x: seeds.index(x[2][0]["seed"]))
     return {a: np.stack([e for b, e, _ in every if b == a]) for a in arms}, [x for a in arms for b, _, log in every if b == a for x in log]
 
 

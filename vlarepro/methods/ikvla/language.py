@@ -52,7 +52,7 @@ class WordTokenizer(CompactTokenizer):
 
     def encode_text(self, text: str) -> list: return [self.ids.get(w, self.ids[UNKNOWN]) for w in words_of(text)]
 
-    def decode_text(self, ids) -> str: return re.sub(r" (?=[^\w\s])", "", " ".join(self.tokens[i] for i in ids))
+    def decode_text(self, ids) -> str: return re.sub(r" (?=[^\w\s<])", "", " ".join(self.tokens[i] for i in ids))
 
 # %% ../../../nbs/60_methods/ikvla/70_language.ipynb #c010
 CAPTION, EXPLANATION = "describe the scene", "what does the car do and why"

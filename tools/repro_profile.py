@@ -54,10 +54,11 @@ def main() -> int:
     copy = ROOT / "scratch" / "profiles" / profile
     sync(copy)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    for key in ("active", "worlds"):
+    keys = ("active", "worlds", "specdec_in")
+    for key in keys:
         text, n = re.subn(rf"^{key}: \[.*\]", f"{key}: [{profile}]", text, flags=re.M)
         if n != 1:
-            print(f"error: params.yaml has no line `{key}: [...]` ({nearest(key, ['active', 'worlds'])})", file=sys.stderr)
+            print(f"error: params.yaml has no line `{key}: [...]` ({nearest(key, keys)})", file=sys.stderr)
             return 2
     (copy / "params.yaml").write_text(text, encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(copy), "DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

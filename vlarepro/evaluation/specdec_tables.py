@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'NAMES', 'P2', 'Measured', 'tau_interval', 'share_cell', 'speedup', 'a_row', 'table_t1', 'table_t2',
-           'table_t3', 'table_t4', 'headline', 'best_arm', 'amdahl', 'our_tables', 'effects', 'verdicts']
+           'same_seeds', 'table_t3', 'table_t4', 'headline', 'best_arm', 'amdahl', 'our_tables', 'effects', 'verdicts']
 
 # %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c003
 from dataclasses import dataclass, field
@@ -37,9 +37,9 @@ def _interval(parts: "dict[str, np.ndarray]", scenes, statistic, *key) -> Interv
     return bootstrap_means(parts, scenes, statistic, rng=rng("specdec-tables", *key), n=DRAWS)
 
 
-def tau_interval(m: Measured, split: str, arm: str) -> Interval:
-    "Accepted length: tokens over rounds, scenes and seeds drawn anew."
-    return _interval({k: m.get(split, arm, k) for k in ("tokens", "rounds")}, m.scenes(split), lambda v: mean_of("tokens")(v) / mean_of("rounds")(v), m.name, split, arm)
+def tau_interval(m: Measured, split: str, arm: str, rows=slice(None)) -> Interval:
+    "Accepted length: tokens over rounds, scenes and seeds (or some `rows` of them) drawn anew."
+    return _interval({k: m.get(split, arm, k)[rows] for k in ("tokens", "rounds")}, m.scenes(split), lambda v: mean_of("tokens")(v) / mean_of("rounds")(v), m.name, split, arm)
 
 
 def _cell(i: Interval, m: Measured, split: str, arm: str, kind: str = "scene") -> dict:
@@ -101,10 +101,23 @@ def table_t2(m: Measured) -> list:
 def _taus(m, arm): return {f"tau_{s}": _cell(tau_interval(m, s, arm), m, s, arm) for s in ("val", "test")}
 
 
+def same_seeds(m: Measured, arm: str, other: str) -> list:
+    "Rows of an arm whose seeds another one has too: what was reinforced is compared with the very drafts it began as."
+    mine, theirs = (m.details["seeds"].get(a, list(range(len(m.get("val", a, "rounds"))))) for a in (arm, other))
+    lost = [s for s in theirs if s not in mine]
+    if lost: raise ValueError(f"{other} has seeds {theirs}, {arm} has {mine}: train {arm} with {lost} too, they are compared seed by seed")
+    return [mine.index(s) for s in theirs]
+
+
 def table_t3(m: Measured) -> list:
     "B-T3: AARL and its anchor."
     named = (("flatrope", "SFT draft"), ("flatrope_aarl_no_anchor", "RL without KL anchor"), ("flatrope_aarl", "RL with static KL anchor"), ("flatrope_aarl_moving", NAMES["flatrope_aarl_moving"]))
-    return [a_row(m, name, arm, _taus(m, arm), extra=arm.endswith("moving")) for arm, name in named if m.has("val", arm)]
+    rows = [a_row(m, name, arm, _taus(m, arm), extra=arm.endswith("moving")) for arm, name in named if m.has("val", arm)]
+    if m.has("val", "flatrope_aarl"):   # the SFT draft of the reinforced seeds alone
+        keep = same_seeds(m, "flatrope", "flatrope_aarl")
+        rows[0]["values"] = {f"tau_{s}": {**_cell(tau_interval(m, s, "flatrope", keep), m, s, "flatrope"), "seeds": len(keep)} for s in ("val", "test")}
+        rows[0]["seeds"] = rows[next(i for i, r in enumerate(rows) if r["arm"] == "flatrope_aarl")]["seeds"]
+    return rows
 
 
 def table_t4(m: Measured) -> list:
@@ -173,15 +186,17 @@ def our_tables(groups: "list[Measured]") -> dict:
 def _ratio(a: str, b: str): return lambda v: mean_of(a)(v) / mean_of(b)(v)
 
 
-def _tau_parts(m, split, *arms): return {f"{a}/{k}": m.get(split, a, k) for a in arms for k in ("tokens", "rounds")}
+def _tau_parts(m, split, a, b, paired=False):
+    rows = {a: slice(None), b: same_seeds(m, b, a) if paired else slice(None)}
+    return {f"{arm}/{k}": m.get(split, arm, k)[r] for arm, r in rows.items() for k in ("tokens", "rounds")}
 
 
 def _tau_difference(a, b): return lambda v: _ratio(f"{a}/tokens", f"{a}/rounds")(v) - _ratio(f"{b}/tokens", f"{b}/rounds")(v)
 
 
 def _both_splits(m, a, b):
-    "The smaller of two differences in accepted length, validation and test, as two intervals of independent scenes."
-    one = {s: _interval(_tau_parts(m, s, a, b), m.scenes(s), _tau_difference(a, b), m.name, s, a, b) for s in ("val", "test")}
+    "The smaller of two differences in accepted length, validation and test, as two intervals of independent scenes; the same seeds of both arms."
+    one = {s: _interval(_tau_parts(m, s, a, b, True), m.scenes(s), _tau_difference(a, b), m.name, s, a, b) for s in ("val", "test")}
     return min(one.values(), key=lambda i: i.value), one
 
 
@@ -202,7 +217,7 @@ def effects(m: Measured) -> dict:
         least, both = _both_splits(m, "flatrope_aarl", "flatrope")
         out["B-C3"] = (least, n("val"), seeds("flatrope_aarl", "flatrope"), "validation {:+.3f}, test {:+.3f}".format(*(both[s].value for s in ("val", "test"))))
     if aarl and m.has("test", "flatrope_aarl_no_anchor"):
-        i = _interval(_tau_parts(m, "test", "flatrope_aarl", "flatrope_aarl_no_anchor"), m.scenes("test"), _tau_difference("flatrope_aarl", "flatrope_aarl_no_anchor"), "B-C4")
+        i = _interval(_tau_parts(m, "test", "flatrope_aarl", "flatrope_aarl_no_anchor", True), m.scenes("test"), _tau_difference("flatrope_aarl", "flatrope_aarl_no_anchor"), "B-C4")
         out["B-C4"] = (i, n("test"), seeds("flatrope_aarl", "flatrope_aarl_no_anchor"), "")
     arm = best_arm(m)
     unequal = np.concatenate([m.get(s, arm, k).ravel() for s in ("val", "test") for k in ("loop_unequal", "loop_unequal_sampled")])

@@ -54,10 +54,10 @@ def main() -> int:
     copy = ROOT / "scratch" / "profiles" / profile
     sync(copy)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    for key in ("active", "worlds"):
+    for key in ("active", "worlds", "spanvla_in"):
         text, n = re.subn(rf"^{key}: \[.*\]", f"{key}: [{profile}]", text, flags=re.M)
         if n != 1:
-            print(f"error: params.yaml has no line `{key}: [...]` ({nearest(key, ['active', 'worlds'])})", file=sys.stderr)
+            print(f"error: params.yaml has no line `{key}: [...]` ({nearest(key, ['active', 'worlds', 'spanvla_in'])})", file=sys.stderr)
             return 2
     (copy / "params.yaml").write_text(text, encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(copy), "DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -12,6 +12,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -176,14 +177,20 @@ class RFTFiles:
     pair_caches: "str | None"
 
 
+@lru_cache(maxsize=1)
+def _load_pool(files: RFTFiles) -> tuple:
+    "The pool, read once a process: no arm changes it."
+    model, pairs = load_model(Path(files.sft) / "model"), load_pairs(files.pairs) if files.pairs else None
+    return rft_pool(model, load_windows(files.windows), np.load(files.features, mmap_mode="r"), files.caches, pairs, files.pair_caches)
+
+
 def _run(settings, files: RFTFiles, name: str, warm: "str | None", seed: int, out: str, scratch: str, device: str, threads: int, first: bool) -> list:
     "One warm-up (`first`) or one arm; writes <out>/<name>.safetensors and returns the curves."
     set_threads(threads)
     a = arm(name)
     model = load_model(Path(files.sft) / "model", device)
     bridge = load_bridge(Path(files.sft) / "bridges" / a.bridge, model).requires_grad_(False) if a.bridge else None
-    pairs = load_pairs(files.pairs) if files.pairs else None
-    drives, samples = rft_pool(model, load_windows(files.windows), np.load(files.features, mmap_mode="r"), files.caches, pairs, files.pair_caches)
+    drives, samples = _load_pool(files)
     warmup, mix = recipe_rows(RECIPES[a.recipe], samples.kind, settings.per_thousand, rng("spanvla-recipe", seed))
     start = read_tensors(Path(out) / f"{warm}.safetensors") if warm else None
     label = f"{'warm-up of ' if first else ''}{name}, seed {seed}"

@@ -1,5 +1,6 @@
 "The stages of IK-VLA's analyses on a tiny written world: objects, pixels, cameras, hardware file, results on disk."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from vlarepro.evaluation.gradcam import feature_gradients, planning_loss
 from vlarepro.evaluation.ikvla_analyses import (
     Analyses,
     Checkpoints,
+    Crew,
+    compact,
     frame_pairs,
     front_camera,
     front_masks,
@@ -22,6 +25,7 @@ from vlarepro.evaluation.ikvla_analyses import (
     run_stitching,
     scene_facts,
     spread,
+    stitched_features,
 )
 from vlarepro.evaluation.ikvla_latency import milliseconds
 from vlarepro.evaluation.ikvla_tables import correlation, effects, gain, seed_l2, spearman, table5_stitching, table8, table12, table16, yaw_separation
@@ -146,12 +150,34 @@ def test_states_are_measured_per_seed_and_repeatable(trained):
     assert not np.asarray(masked(drives).features[5]).any() and masked(drives).features.shape == drives.features.shape
 
 
+def test_who_computes_changes_nothing(trained):
+    "Two processes give the same bits as one, in the order of the list; a failure in one of them is told."
+    c, drives = trained
+    here, crew = Crew(1, 1), Crew(2, 1)
+    try:
+        a, b = (run_states(c, ["ikvla", "blind_nsp"], drives, each) for each in (here, crew))
+        assert list(a) == list(b) and all(np.array_equal(a[k], b[k]) for k in a)
+        with pytest.raises(KeyError, match="unknown arm"): run_states(replace(c, seeds={"nobody": [0]}), ["nobody"], drives, crew)
+    finally: here.close(), crew.close()
+    with pytest.raises(ValueError, match="processor"): Crew(1, 1, "cuda")
+
+
+def test_compact_drives_read_the_same(trained):
+    c, drives = trained
+    some = drives.take(np.array([5, 2]))
+    light, rows = compact(some), np.arange(2)
+    assert len(light.features) < len(some.features) and np.array_equal(current_features(light, rows), current_features(some, rows))
+    assert np.array_equal(light.features[light.next_keyframe], some.features[some.next_keyframe])
+
+
 def test_a_sprite_moves_only_who_sees(trained):
     c, drives = trained
     n, g = 3, np.random.default_rng(0)
     encoder = VisualEncoder(EncoderConfig((64, 128), 3, (4, 8, 8, 8, 8), (2, 4), 8, 16)).eval().requires_grad_(False)
     images = g.integers(60, 200, (n, 2, 3, 64, 128, 3)).astype(np.uint8)
-    change = run_stitching(c, ["ikvla", "opendrivevla"], drives.take(np.arange(n)), encoder, images, camera_rig((128, 64))[1], 1, 2)
+    some = drives.take(np.arange(n))
+    tokens = stitched_features(encoder, images, camera_rig((128, 64))[1], 1, some.ego[:, 0])
+    change = run_stitching(c, ["ikvla", "opendrivevla"], some, tokens, 2)
     assert {k: v.shape for k, v in change.items() if k.endswith("Near")} == {"standing/ikvla/Near": (3, n), "appears/ikvla/Near": (1, n),
                                                                               "standing/opendrivevla/Near": (1, n), "appears/opendrivevla/Near": (1, n)}
     assert np.abs(change["standing/ikvla/Near"]).max() > 0

@@ -7,6 +7,7 @@ __all__ = ['state_tensors', 'save_checkpoint', 'read_tensors', 'load_config', 'l
 
 # %% ../../nbs/40_models/60_checkpoints.ipynb #c003
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -96,13 +97,16 @@ def load_resume(
     optimiser: torch.optim.Optimizer,    # same parameter groups; filled in place
     tag: str,                            # settings of this run
 ) -> tuple:                              # (steps completed, extra tensors); (0, {}) when there is nothing to continue
-    "Continue from a resume state; one of other settings or a damaged one is refused with a clear error."
+    "Continue from a resume state; with one of other settings, or a damaged one, training starts afresh and a warning says so."
     path = Path(path)
     if not path.is_file(): return 0, {}
-    tensors = read_tensors(path)
-    with open(path, "rb") as f: head = json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]
-    if head["tag"] != tag:
-        raise ValueError(f"{path} belongs to other settings (tag {head['tag']}, this run {tag}): delete it to start afresh")
+    try:
+        tensors = read_tensors(path)
+        with open(path, "rb") as f: head = json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]
+        if head["tag"] != tag: raise ValueError(f"{path} belongs to other settings (tag {head['tag']}, this run {tag})")
+    except ValueError as e:
+        warnings.warn(f"starting afresh, nothing is resumed: {e}", stacklevel=2)
+        return 0, {}
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
     state = {}
     for k, v in tensors.items():

@@ -194,13 +194,21 @@ def touching(
     cb = box_corners(b.track[near, :2], b.track[near, 2], b.size_lwh[0], b.size_lwh[1])
     return bool(boxes_overlap(ca, cb).any())
 
+def _reach(a: Agent, grow_m: float = 0.) -> tuple[float, float, float, float]:
+    "A rectangle (x from, to, y from, to) that an agent's body never leaves."
+    (x0, y0), (x1, y1), r = a.track[:, :2].min(0).tolist(), a.track[:, :2].max(0).tolist(), float(a.size_lwh[0]) / 2 + 1 + grow_m
+    return x0 - r, x1 + r, y0 - r, y1 + r
+
 def without_contact(
     agents: list[Agent],     # most important first
     keep: int = 0,           # so many at the head of the list are never dropped
     grow_m: float = .4,      # clearance asked for
 ) -> list[Agent]:
     "The agents that never touch a more important one."
-    kept = agents[:keep]
+    kept, reach = agents[:keep], [_reach(a, grow_m) for a in agents[:keep]]
     for agent in agents[keep:]:
-        if not any(touching(other, agent, grow_m) for other in kept): kept.append(agent)
+        x0, x1, y0, y1 = _reach(agent)
+        apart = lambda b: b[0] > x1 or b[1] < x0 or b[2] > y1 or b[3] < y0  # noqa: B023
+        if any(not apart(b) and touching(other, agent, grow_m) for other, b in zip(kept, reach)): continue
+        kept.append(agent); reach.append(_reach(agent, grow_m))
     return kept

@@ -68,7 +68,7 @@ JPEG_QUALITY = 92
 
 def jpeg(rgb: UInt8[np.ndarray, "h w 3"]) -> bytes:
     "An image as JPEG."
-    ok, data = cv2.imencode('.jpg', np.ascontiguousarray(rgb[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    ok, data = cv2.imencode('.jpg', cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not ok: raise RuntimeError(f'OpenCV could not encode an image of shape {rgb.shape}')
     return data.tobytes()
 
@@ -174,6 +174,18 @@ def write_zip(path: Path, members: list[tuple[str, bytes]]):
 
 # %% ../../nbs/10_world/76_files.ipynb #c021
 _LONG, _SMALL, _ZERO = re.compile(rb'\.(\d{4})(\d+)'), re.compile(rb'-?\d+(?:\.\d+)?e-\d+'), re.compile(rb'-0\.0(?!\d)')
+_POWER = re.compile(rb'e-\d+')
+
+def _without_powers(text: bytes) -> bytes:
+    "Numbers such as 5e-05 written out; looked for from their `e-`, which is rare."
+    out, done = [], 0
+    for power in _POWER.finditer(text):
+        start = power.start()
+        while start > done and text[start - 1] in b'0123456789.-': start -= 1
+        if m := _SMALL.search(text, start, power.end()):
+            out += text[done:m.start()], b'%.8f' % float(m[0])
+            done = m.end()
+    return b''.join([*out, text[done:]])
 
 def _shorten(m) -> bytes:
     n = int(m[1]) + (m[2][:1] >= b'5')   # .99995 and more becomes .10000, which nothing else does: a carry into the digits before the point is not needed to tell values apart
@@ -183,8 +195,7 @@ def canonical(
     text: bytes,
 ) -> bytes:       # the same text, fractions rounded to 1e-4
     "JSON text in one form for numbers that agree to four decimals."
-    if b'e-' in text: text = _SMALL.sub(lambda m: b'%.8f' % float(m[0]), text)
-    text = _LONG.sub(_shorten, text)
+    text = _LONG.sub(_shorten, _without_powers(text))
     return _ZERO.sub(b'0.0', text) if b'-0.0' in text else text
 
 def file_digest(path: "str | Path") -> str:  # 64 hex digits

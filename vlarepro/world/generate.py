@@ -259,10 +259,18 @@ def _hashed(root: Path) -> list[Path]:
 # %% ../../nbs/10_world/80_generate.ipynb #c018
 def _mask(task): return mask_png(*task)
 
-def _write_digests(root: Path, pool) -> str:
-    "Digest every hashed file, write the list, return the hash of the list."
-    paths = _hashed(root)
-    digests = dict(zip((str(p.relative_to(root)) for p in paths), pool.imap(file_digest, paths, chunksize=16)))
+class _Begun:
+    "Files that other processes digest while this one goes on."
+    def __init__(self, root: Path, names: list[str], pool, chunksize: int = 1):
+        self.names = names
+        self.digests = zip(names, pool.imap(file_digest, [root / n for n in names], chunksize=chunksize))
+
+def _write_digests(root: Path, begun: list, pool) -> str:
+    "Digest every hashed file that is not digested yet, write the list, return the hash of the list."
+    names, known = [str(p.relative_to(root)) for p in _hashed(root)], {}
+    rest = sorted({*names}.difference(*[b.names for b in begun]), key=lambda n: -(root / n).stat().st_size)
+    for some in (*begun, _Begun(root, rest, pool)): known.update(some.digests)
+    digests = {n: known[n] for n in names}
     write_json(root / VERSION / 'files.json', digests)
     return world_hash(digests)
 
@@ -276,16 +284,19 @@ def _same_file(source: Path, target: Path):
     try: os.link(source, target)
     except OSError: shutil.copyfile(source, target)
 
-def _assemble(tmp: Path, folder: Path, jobs, tok, sheets, polygons, image_size, pool) -> WorldFiles:
-    "Put the shards together."
-    files = WorldFiles(tmp, tok, sheets)
+def _assemble(tmp: Path, folder: Path, jobs, tok, sheets, polygons, image_size, pool) -> tuple[WorldFiles, list]:
+    "Put the shards together, and have the other processes digest what lies there already."
+    files, begun = WorldFiles(tmp, tok, sheets), []
+    masks = pool.imap(_mask, [(polygons[m], sheets[m]) for m in sheets])
     for i, _ in enumerate(progress(_shards(jobs), 'assemble')):
-        for s in _load(folder / f'shard-{i:03d}' / 'records.bin'): files.add(s)
+        scenes = _load(folder / f'shard-{i:03d}' / 'records.bin')
+        for s in scenes: files.add(s)
+        begun.append(_Begun(tmp, [name for s in scenes for name, _ in s['files']], pool, 32))
         for z in sorted((folder / f'shard-{i:03d}').glob('*.zip')): _same_file(z, tmp / 'blobs' / z.name)
-    for m, png in zip(sheets, pool.imap(_mask, [(polygons[m], sheets[m]) for m in sheets])): (tmp / 'maps' / f'{m}.png').write_bytes(png)
+    for m, png in zip(sheets, masks): (tmp / 'maps' / f'{m}.png').write_bytes(png)
     close_files(files, image_size)
     write_json(tmp / VERSION / 'splits.json', files.splits)
-    return files
+    return files, begun
 
 # %% ../../nbs/10_world/80_generate.ipynb #c019
 def generate(
@@ -311,9 +322,9 @@ def generate(
         _second_pass(folder, jobs, offset, seed, image_size, pool, until)
         with atomic_dir(out) as tmp:
             (tmp / 'GENERATING').write_text(str(os.getpid()))
-            files = _assemble(tmp, folder, jobs, tok, sheets, polygons, image_size, pool)
+            files, begun = _assemble(tmp, folder, jobs, tok, sheets, polygons, image_size, pool)
             card = _card(files, size, seed, image_size)
-            card['hash'] = _write_digests(tmp, pool)
+            card['hash'] = _write_digests(tmp, begun, pool)
             write_json(tmp / VERSION / 'minidrive.json', card)
             (tmp / 'README.md').write_text(card_text(card), encoding='utf-8')
             (tmp / 'GENERATING').unlink()

@@ -109,23 +109,39 @@ def _to_raster(A: np.ndarray, pose: np.ndarray) -> list[list[np.float32]]:  # 2 
     x, y = float(pose[0]), float(pose[1])
     return [[np.float32(v) for v in (a * c + b * s, b * c - a * s, a * x + b * y + t)] for a, b, t in A.tolist()]
 
-def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray, haze: np.ndarray) -> None:
-    "Sample the raster into the lower rows of the three supersampled images."
+def _plane(x: np.ndarray, y: np.ndarray, a: np.float32, b: np.float32, t: np.float32) -> np.ndarray:
+    "a x + (b y + t)."
+    out = b * y
+    out += t
+    out += a * x
+    return out
+
+def _band_haze(view: View, haze: np.ndarray) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    "For each band: what its pixels are multiplied by, and what haze adds, in 1/256 for each row; None where there is hardly any."
+    out, width = [], view.sky_index.shape[-1]
     for band in view.bands:
-        u, v = (a * band.x + (b * band.y + t) for a, b, t in _to_raster(maps[band.level], pose))
+        w = view.haze[band.rows.start - view.horizon:band.rows.stop - view.horizon]
+        if w.max() <= .1: out.append(None); continue
+        w = np.rint(w * 256).astype(np.uint16)[:, None]
+        out.append(tuple(np.ascontiguousarray(np.broadcast_to(a, (len(w), 4 * width))) for a in (256 - w, np.tile(np.append(haze, 0).astype(np.uint16), width) * w)))
+    return out
+
+def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray, hazes: list) -> None:
+    "Sample the raster into the lower rows of the three supersampled images."
+    for band, haze in zip(view.bands, hazes):
+        u, v = (_plane(band.x, band.y, *row) for row in _to_raster(maps[band.level], pose))
         out = cv2.remap(ground.levels[band.level], u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=ground.outside)
         if band.taps > 1: out = cv2.resize(out, (out.shape[1], out.shape[0] // band.taps), interpolation=cv2.INTER_AREA)
-        out = out.reshape(len(view.rig), -1, *out.shape[1:])
-        w = view.haze[band.rows.start - view.horizon:band.rows.stop - view.horizon]
-        if w.max() > .1:
-            w = np.rint(w * 256).astype(np.uint16)[:, None, None]
-            out = ((out * (256 - w) + np.append(haze, 0).astype(np.uint16) * w) >> 8).astype(np.uint8)
-        canvas[:, band.rows] = out
+        if haze is not None:
+            out = out.reshape(len(view.rig), *haze[0].shape) * haze[0]
+            out += haze[1]
+            out >>= 8
+        canvas[:, band.rows] = out.reshape(len(view.rig), -1, *canvas.shape[2:])
 
 def _ground_labels(view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray) -> np.ndarray:  # (3, rows, w)
     "Classes of the bare ground at the pixel centres."
     x, y = view.label_xy
-    u, v = (a * x + (b * y + t) for a, b, t in _to_raster(maps[0], pose))
+    u, v = (_plane(x, y, *row) for row in _to_raster(maps[0], pose))
     out = cv2.remap(ground.labels, u, v, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=CLASS_ID['offroad'])
     return out.reshape(len(view.rig), -1, out.shape[1])
 
@@ -138,24 +154,25 @@ class _Polygons:
     distance: np.ndarray   # (n,) of the item [m]
     rgb: np.ndarray        # (n, 3) lit and hazed
 
-def _item_states(scene: Scene, shapes: Shapes, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    "World x, y, yaw, what to show and whether to show it, for every item at one simulation step."
-    xy, yaw = shapes.xyz[:, :2].copy(), shapes.yaw.copy()
-    state, valid = np.zeros(len(yaw), int), np.ones(len(yaw), bool)
+def _item_states(scene: Scene, shapes: Shapes, steps: Int[np.ndarray, " k"]):
+    "World x, y, yaw, what to show and whether to show it, for every item at some simulation steps, one after the other."
     moving, heads = np.flatnonzero(shapes.agent >= 0), np.flatnonzero(shapes.signal >= 0)
-    for i in moving:
-        a = scene.agents[shapes.agent[i]]
-        xy[i], yaw[i], valid[i] = a.track[step, :2], a.track[step, 2], a.valid[step]
-        walks = a.category.startswith('human') and a.track[step, 3] > .2
-        state[i] = (step // 5) % 2 if walks else int(a.braking[step])
-    if len(heads): state[heads] = scene.signal_state[step, shapes.signal[heads]]
-    valid[moving] &= np.isfinite(xy[moving]).all(-1)
-    return xy, yaw, state, valid
+    agents = [scene.agents[i] for i in shapes.agent[moving]]
+    column = lambda name, *shape: np.stack([getattr(a, name)[steps] for a in agents], 1) if agents else np.zeros((len(steps), 0, *shape), bool)
+    track, there = column('track', 4), column('valid')
+    walks = np.array([a.category.startswith('human') for a in agents], bool) & (track[..., 3] > .2)
+    shown, there = np.where(walks, (steps // 5 % 2)[:, None], column('braking')), there & np.isfinite(track[..., :2]).all(-1)
+    for k, step in enumerate(steps):
+        xy, yaw = shapes.xyz[:, :2].copy(), shapes.yaw.copy()
+        state, valid = np.zeros(len(yaw), int), np.ones(len(yaw), bool)
+        xy[moving], yaw[moving], state[moving], valid[moving] = track[k, :, :2], track[k, :, 2], shown[k], there[k]
+        if len(heads): state[heads] = scene.signal_state[step, shapes.signal[heads]]
+        yield xy, yaw, state, valid
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c016
-def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], step: int, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
-    "Visible polygons of a keyframe, posed, shaded and hazed."
-    xy, yaw, state, valid = _item_states(scene, shapes, step)
+def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], step: int, items: tuple, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
+    "Visible polygons of a keyframe, posed, shaded and hazed; `items` are their states at this step."
+    xy, yaw, state, valid = items
     x0, y0, heading = scene.ego[step, :3]
     c, s = np.cos(heading), np.sin(heading)
     rel = xy - [x0, y0]
@@ -167,19 +184,19 @@ def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], step: int, 
     index = np.flatnonzero(keep[shapes.item] & ((shapes.when == ALWAYS) | (shapes.when == state[shapes.item])) & (shapes.reach > distance[shapes.item]))
     item = shapes.item[index]
     angle = np.where(shapes.billboard, np.arctan2(-ey, 1.6 - ex), yaw - heading)
-    ca, sa, (lx, ly, lz) = (np.cos(angle) * scale)[item], (np.sin(angle) * scale)[item], shapes.local[:, :, index]
+    ca, sa, (lx, ly, lz) = (np.cos(angle) * scale)[item], (np.sin(angle) * scale)[item], shapes.local.take(index, 2)
     xyz = np.stack([ex[item] + ca * lx - sa * ly, ey[item] + sa * lx + ca * ly, shapes.xyz[item, 2] + scale[item] * lz])
     (ax, ay, az), (bx, by, bz) = xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 1]
     normal = np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
     some = np.flatnonzero(((eyes @ normal > (normal * xyz[:, 0]).sum(0)).any(0) | shapes.two_sided[index]) & (xyz[0].max(0) > eyes[:, 0].min()))
-    xyz, index, item, normal = xyz[:, :, some], index[some], item[some], normal[:, some]
+    xyz, index, item, normal = xyz.take(some, 2), index[some], item[some], normal.take(some, 1)
     sun_ego = np.array([c * sun[0] + s * sun[1], -s * sun[0] + c * sun[1], sun[2]])
     facing = (sun_ego[:, None] * normal).sum(0) / np.maximum(np.sqrt((normal * normal).sum(0)), 1e-9)
     shade = np.where(shapes.billboard[item], .92, .70 + .38 * np.clip(facing, 0, 1))
-    glow, d = shapes.glow[index], distance[item]
-    lit = shapes.rgb[index] * np.where(glow, 1., shade * scene.light)[:, None]
-    fog = np.where(glow, 0, 1 - np.exp(-d / HAZE_M))[:, None]
-    return _Polygons(xyz, index, d, np.clip(lit + fog * (haze - lit), 0, 255))
+    glow = shapes.glow[index]
+    lit = shapes.rgb.take(index, 0) * np.where(glow, 1., shade * scene.light)[:, None]
+    fog = np.where(glow, 0, (1 - np.exp(-distance / HAZE_M))[item])[:, None]
+    return _Polygons(xyz, index, distance[item], np.clip(lit + fog * (haze - lit), 0, 255))
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c018
 def clip_near(
@@ -198,13 +215,14 @@ def clip_near(
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c021
 @dataclass(frozen=True)
 class _Projected:
-    "Polygons of one keyframe in the three images; arrays have the camera first."
-    visible: Bool[np.ndarray, "v n"]
-    pixels: Int[np.ndarray, "v 6 n 2"]     # supersampled OpenCV coordinates, 1/16 px
-    plane: Float[np.ndarray, "v 3 n"]      # camera, coefficient, polygon: 1/z = plane · (u, v, 1)
-    nearest: Float[np.ndarray, "v n"]      # range of z [m]
-    farthest: Float[np.ndarray, "v n"]
-    cut: dict                              # (camera, polygon) -> pixels of a polygon that was clipped
+    "What is visible of the polygons of one keyframe in the three images, one camera after the other."
+    first: Int[np.ndarray, " v+1"]         # where the pieces of each camera begin
+    polygon: Int[np.ndarray, " m"]         # column of `_Polygons`
+    pixels: Int[np.ndarray, "m 6 2"]       # supersampled OpenCV coordinates, 1/16 px
+    plane: Float[np.ndarray, "3 m"]        # 1/z = plane · (u, v, 1)
+    nearest: Float[np.ndarray, " m"]       # range of z [m]
+    farthest: Float[np.ndarray, " m"]
+    cut: dict                              # piece -> pixels of a polygon that was clipped
 
 def _fixed(uv: np.ndarray) -> np.ndarray: return np.rint(np.clip((uv * SUPERSAMPLE - .5) * 16, -4e5, 4e5)).astype(np.int32)
 
@@ -214,66 +232,78 @@ def _clipped(cam: np.ndarray, K: np.ndarray) -> np.ndarray:  # (m, 2) pixels, m 
     return poly[:, :2] / poly[:, 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
 
 def _project(polygons: _Polygons, shapes: Shapes, rig: tuple[Camera, ...]) -> _Projected:
-    "Cull, clip and project for every camera at once; axes are camera, vertex, polygon."
-    R = np.stack([c.rotation for c in rig])[:, :, :, None, None]   # camera, row, column
-    t = np.stack([c.translation for c in rig])[:, :, None, None]
-    K, (w, h) = rig[0].intrinsic, rig[0].size
-    dx, dy, dz = (polygons.xyz[i] - t[:, i] for i in range(3))
-    x, y, z = (dx * R[:, 0, j] + dy * R[:, 1, j] + dz * R[:, 2, j] for j in range(3))
-    (ex, ey, ez), (gx, gy, gz) = ([a[:, i + 1] - a[:, i] for a in (x, y, z)] for i in (0, 1))
+    "Project for every camera at once, clip, and cull early; axes are vertex, camera · polygon."
+    R, t = np.stack([c.rotation for c in rig]), np.stack([c.translation for c in rig])[:, :, None]   # camera, row, column
+    K, (w, h), N = rig[0].intrinsic, rig[0].size, len(polygons.index)
+    d = [(polygons.xyz[i][:, None] - t[:, i]).reshape(-1, len(rig) * N) for i in range(3)]
+    turned = lambda j, c: d[0] * R[c, 0, j] + d[1] * R[c, 1, j] + d[2] * R[c, 2, j]
+    z = turned(2, np.repeat(np.arange(len(rig)), N))
+    at = np.flatnonzero(z.max(0) > NEAR_M)
+    z, d = z.take(at, 1), [a.take(at, 1) for a in d]
+    x = turned(0, at // N)
+    px = K[0, 0] * x
+    beside = np.flatnonzero(((px + K[0, 2] * z).max(0) > 0) & ((px - (w - K[0, 2]) * z).min(0) < 0))
+    at, x, z, px, d = at[beside], x.take(beside, 1), z.take(beside, 1), px.take(beside, 1), [a.take(beside, 1) for a in d]
+    y, n = turned(1, at // N), at % N
+    (ex, ey, ez), (gx, gy, gz) = ([a[i + 1] - a[i] for a in (x, y, z)] for i in (0, 1))
     nx, ny, nz = ey * gz - ez * gy, ez * gx - ex * gz, ex * gy - ey * gx
-    offset = nx * x[:, 0] + ny * y[:, 0] + nz * z[:, 0]
-    nearest, farthest = z.min(1), z.max(1)
-    whole, some = nearest > NEAR_M, farthest > NEAR_M
-    safe = np.where(z > NEAR_M, z, 1.)
-    px, py = K[0, 0] * x, K[1, 1] * y
+    offset, nearest, py = nx * x[0] + ny * y[0] + nz * z[0], z.min(0), K[1, 1] * y
+    whole, safe = nearest > NEAR_M, np.where(z > NEAR_M, z, 1.)
     u, v = px / safe + K[0, 2], py / safe + K[1, 2]
-    inside = ((px + K[0, 2] * z).max(1) > 0) & ((px - (w - K[0, 2]) * z).min(1) < 0) & ((py + K[1, 2] * z).max(1) > 0) & ((py - (h - K[1, 2]) * z).min(1) < 0)
-    tiny = whole & (shapes.label[polygons.index] < 0) & (np.ptp(u, 1) * np.ptp(v, 1) < .35)
-    visible = some & inside & ~tiny & ((offset < 0) | shapes.two_sided[polygons.index])
-    plane = np.stack([nx / K[0, 0], ny / K[1, 1], nz - nx * (K[0, 2] / K[0, 0]) - ny * (K[1, 2] / K[1, 1])], 1) / np.where(np.abs(offset) < 1e-9, -1e-9, offset)[:, None]
+    tiny = whole & (shapes.label[polygons.index[n]] < 0) & (np.ptp(u, 0) * np.ptp(v, 0) < .35)
+    visible = ((py + K[1, 2] * z).max(0) > 0) & ((py - (h - K[1, 2]) * z).min(0) < 0) & ~tiny & ((offset < 0) | shapes.two_sided[polygons.index[n]])
     cut = {}
-    for c, n in zip(*(a.tolist() for a in np.nonzero(visible & ~whole))):
-        uv = _clipped(np.stack([x[c, :, n], y[c, :, n], z[c, :, n]], -1)[:shapes.count[polygons.index[n]]], K)
-        visible[c, n] = len(uv) > 2
-        cut[c, n] = _fixed(uv)
-    return _Projected(visible, _fixed(np.stack([u, v], -1)), plane, np.maximum(nearest, NEAR_M), farthest, cut)
+    for i in np.flatnonzero(visible & ~whole).tolist():
+        uv = _clipped(np.stack([x[:, i], y[:, i], z[:, i]], -1)[:shapes.count[polygons.index[n[i]]]], K)
+        visible[i] = len(uv) > 2
+        cut[i] = _fixed(uv)
+    left = np.flatnonzero(visible)
+    nx, ny, nz, offset, nearest, farthest = (a[left] for a in (nx, ny, nz, offset, nearest, z.max(0)))
+    plane = np.stack([nx / K[0, 0], ny / K[1, 1], nz - nx * (K[0, 2] / K[0, 0]) - ny * (K[1, 2] / K[1, 1])]) / np.where(np.abs(offset) < 1e-9, -1e-9, offset)
+    return _Projected(np.searchsorted(at[left], np.arange(len(rig) + 1) * N), n[left], _fixed(np.stack([u.T[left], v.T[left]], -1)), plane, np.maximum(nearest, NEAR_M), farthest,
+                      {i: cut[j] for i, j in enumerate(left.tolist()) if j in cut} if cut else {})
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c023
-def _paint(canvas: np.ndarray, faces: np.ndarray, polygons: _Polygons, shapes: Shapes, proj: _Projected) -> list[np.ndarray]:
-    "Draw one keyframe; returns for each camera the polygon behind each face number (1, 2, …)."
-    key = polygons.distance + shapes.bias[polygons.index]
-    count, is_face = shapes.count[polygons.index], shapes.label[polygons.index] >= 0
-    colours = [(*c, 0) for c in np.rint(polygons.rgb).astype(int).tolist()]
-    drawn = []
+def _paint(canvas: np.ndarray, faces: np.ndarray, polygons: _Polygons, shapes: Shapes, proj: _Projected) -> np.ndarray:
+    "Draw one keyframe; returns the piece of `proj` behind each face number (1, 2, …)."
+    index, fill, plain = polygons.index[proj.polygon], cv2.fillConvexPoly, cv2.LINE_8
+    key, count, is_face = polygons.distance[proj.polygon] + shapes.bias[index], shapes.count[index], shapes.label[index] >= 0
+    rgb, drawn, number = np.zeros((len(index), 4), int), [], 0
+    rgb[:, :3] = np.rint(polygons.rgb[proj.polygon])
     for c in range(len(canvas)):
-        seen = np.flatnonzero(proj.visible[c])
-        order = seen[np.argsort(-key[seen], kind='stable')]
-        large = np.ascontiguousarray(proj.pixels[c][:, order].swapaxes(0, 1))
-        small = large - 8                          # the same points on the grid of the final size, 1/32 px: u/2 - 1/4
-        numbers, image, mask = [], canvas[c], faces[c]
-        for n, pts, pts_small, m, face in zip(order.tolist(), large, small, count[order].tolist(), is_face[order].tolist()):
-            if (c, n) in proj.cut: pts = proj.cut[c, n]; pts_small = pts - 8
-            else: pts = pts[:m]; pts_small = pts_small[:m]
-            cv2.fillConvexPoly(image, pts, colours[n], cv2.LINE_8, 4)
-            if face:
-                numbers.append(n)
-                cv2.fillConvexPoly(mask, pts_small, len(numbers), cv2.LINE_8, 5)
-        drawn.append(np.array(numbers, int))
-    return drawn
+        first, last = proj.first[c:c + 2]
+        order = first + np.argsort(-key[first:last], kind='stable')
+        large, image, mask, face = proj.pixels[order], canvas[c], faces[c], is_face[order]
+        small = iter(large[face] - 8)              # the same points on the grid of the final size, 1/32 px: u/2 - 1/4
+        drawn.append(order[face])
+        for i, pts, m, colour, f in zip(order.tolist(), large, count[order].tolist(), rgb[order].tolist(), face.tolist()):
+            clipped = proj.cut.get(i)
+            fill(image, pts[:m] if clipped is None else clipped, colour, plain, 4)
+            if f:
+                number, half = number + 1, next(small)
+                fill(mask, half[:m] if clipped is None else clipped - 8, number, plain, 5)
+    return np.concatenate(drawn)
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c024
-def _annotate(faces: np.ndarray, drawn: list[np.ndarray], polygons: _Polygons, shapes: Shapes, proj: _Projected, depth: np.ndarray, labels: np.ndarray, instances: np.ndarray) -> None:
+@lru_cache(maxsize=8)
+def _centres(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    "u and v of all pixel centres of some cameras, flat."
+    _, v, u = np.indices(shape)
+    return (u + .5).ravel(), (v + .5).ravel()
+
+def _annotate(faces: np.ndarray, drawn: np.ndarray, polygons: _Polygons, shapes: Shapes, proj: _Projected, depth: np.ndarray, labels: np.ndarray, instances: np.ndarray) -> None:
     "Depth, class and instance wherever a face was drawn."
-    for c, numbers in enumerate(drawn):
-        at = np.flatnonzero(faces[c])
-        if not len(at): continue
-        n = numbers[faces[c].ravel()[at] - 1]
-        v, u = np.divmod(at, faces.shape[2])
-        inverse = proj.plane[c, 0, n] * (u + .5) + proj.plane[c, 1, n] * (v + .5) + proj.plane[c, 2, n]
-        depth[c].ravel()[at] = 1 / np.clip(inverse, 1 / proj.farthest[c, n], 1 / proj.nearest[c, n])
-        labels[c].ravel()[at] = shapes.label[polygons.index[n]]
-        instances[c].ravel()[at] = shapes.instance[shapes.item[polygons.index[n]]]
+    at = np.flatnonzero(faces)
+    if not len(at): return
+    number, (u, v), index = faces.ravel().take(at).astype(np.intp) - 1, _centres(faces.shape), polygons.index[proj.polygon[drawn]]
+    inverse, dv, rest, low, high = np.stack([*proj.plane[:, drawn], 1 / proj.farthest[drawn], 1 / proj.nearest[drawn]]).take(number, 1)
+    inverse *= u.take(at)
+    dv *= v.take(at)
+    inverse += dv
+    inverse += rest
+    depth.ravel()[at] = 1 / np.clip(inverse, low, high)
+    labels.ravel()[at] = shapes.label[index].astype(np.uint8).take(number)
+    instances.ravel()[at] = shapes.instance[shapes.item[index]].astype(np.int16).take(number)
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c026
 @dataclass(frozen=True)
@@ -313,13 +343,13 @@ def render_scene(
     k = len(chosen)
     out = Rendered(np.empty((k, 3, h, w, 3), np.uint8), np.broadcast_to(view.depth, (k, 3, h, w)).copy(), np.zeros((k, 3, h, w), np.uint8), np.full((k, 3, h, w), -1, np.int16), chosen)
     canvas = np.zeros((3, h * s, w * s, 4), np.uint8)
-    sky = canvas.view(np.uint32)[..., 0][:, :view.horizon]
-    for i, frame in enumerate(chosen):
+    sky, hazes = canvas.view(np.uint32)[..., 0][:, :view.horizon], _band_haze(view, haze)
+    for i, (frame, items) in enumerate(zip(chosen, _item_states(scene, shapes, steps[chosen]))):
         pose = scene.ego[steps[frame], :3]
-        sky[:] = panorama.take(view.sky_index + int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS)
-        _draw_ground(canvas, view, ground, maps, pose, haze)
+        sky[:] = panorama[int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS:].take(view.sky_index)
+        _draw_ground(canvas, view, ground, maps, pose, hazes)
         out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, maps, pose)
-        polygons = _polygons(scene, shapes, view.rig, int(steps[frame]), sun, haze)
+        polygons = _polygons(scene, shapes, view.rig, int(steps[frame]), items, sun, haze)
         if len(polygons.index):
             proj, faces = _project(polygons, shapes, view.rig), np.zeros((3, h, w), np.uint16)
             drawn = _paint(canvas, faces, polygons, shapes, proj)
@@ -348,7 +378,7 @@ def stitch_sprite(
     road = Road('none', {}, [], [], [], [], [], [], [])
     scene = Scene('sprite', 'train', 'boston-seaport', 0, road, np.zeros(1), np.zeros((1, 7)), [agent], np.zeros((1, 0), np.int8), [], (), np.zeros(1, np.int8), light, 0)
     shapes, (h, w), s = scene_shapes(scene), image.shape[:2], SUPERSAMPLE
-    polygons = _polygons(scene, shapes, (camera,), 0, _sun(scene), _haze(scene))
+    polygons = _polygons(scene, shapes, (camera,), 0, next(_item_states(scene, shapes, np.zeros(1, int))), _sun(scene), _haze(scene))
     canvas = np.zeros((1, h * s, w * s, 4), np.uint8)
     canvas[0, ..., :3] = image.repeat(s, 0).repeat(s, 1)
     faces, d, labels, instances = np.zeros((1, h, w), np.uint16), np.zeros((1, h, w), np.float16), np.zeros((1, h, w), np.uint8), np.full((1, h, w), -1, np.int16)

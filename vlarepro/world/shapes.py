@@ -10,6 +10,7 @@ __all__ = ['N_VERTICES', 'ALWAYS', 'FAR_M', 'WALL_BIAS_M', 'Number', 'Parts', 'b
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c002
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -89,16 +90,29 @@ def _weights(u0: Number, u1: Number, v0: Number, v1: Number) -> list:
     "Corners of an inset as weights of the corners of its face."
     return [[(1 - u) * (1 - v), u * (1 - v), u * v, (1 - u) * v] for u, v in ((u0, v0), (u1, v0), (u1, v1), (u0, v1))]
 
+def _corners(parts: list) -> Float[np.ndarray, "n 4 4"]:  # parts: n times u0, u1, v0, v1
+    "The weights of several insets."
+    parts = np.array(parts, float)
+    u, v = parts[:, [0, 1, 1, 0]], parts[:, [2, 2, 3, 3]]
+    return np.ascontiguousarray(np.stack([(1 - u) * (1 - v), u * (1 - v), u * v, (1 - u) * v], -1))
+
+@cache
+def _strips(n: int) -> Float[np.ndarray, "n 4 4"]:
+    "Weights that cut a face into n upright panels."
+    return _corners([(i / n, (i + 1) / n, 0, 1) for i in range(n)])
+
 def inset(face: np.ndarray, u0: Number, u1: Number, v0: Number, v1: Number) -> np.ndarray:
     "A quadrilateral inside a face: u from its left edge, v from its bottom."
     return np.array(_weights(u0, u1, v0, v1)) @ face
 
+_HEXAGON = (lambda a: (np.cos(a), np.sin(a)))(np.arange(6) * np.pi / 3 + np.pi / 6)
+
 def disc(centre, radius: Number, axis: str = 'x', stretch: Number = 1.) -> np.ndarray:  # (6, 3)
     "A hexagon that faces +x, or ±y ('+y', '-y')."
-    a = np.arange(6) * np.pi / 3 + np.pi / 6
-    u, v = radius * np.cos(a), radius * np.sin(a) * stretch
-    o = np.zeros(6)
-    return np.asarray(centre, float) + {'x': np.stack([o, u, v], -1), '+y': np.stack([-u, o, v], -1), '-y': np.stack([u, o, v], -1)}[axis]
+    out, u = np.zeros((6, 3)), radius * _HEXAGON[0]
+    out[:, 1 if axis == 'x' else 0] = -u if axis == '+y' else u
+    out[:, 2] = radius * _HEXAGON[1] * stretch
+    return np.asarray(centre, float) + out
 
 def upright(y0: Number, y1: Number, z0: Number, z1: Number, top: Number = 1.) -> np.ndarray:  # (4, 3)
     "A rectangle that faces +x; `top` narrows its upper edge."
@@ -239,13 +253,13 @@ def building(p: Parts, index: int, prop) -> None:
     glass, floors = np.array([58, 70, 88]) * gen.uniform(.7, 1.5), int(np.clip(h // 3.2, 1, 4))
     parts = [(0, 1, 0, 1), (0, 1, 0, .9 / h), (0, 1, 1 - .5 / h, 1)]
     parts += [(u, u + .3, (k + .38) / floors, (k + .8) / floors) for k in range(floors) for u in (.14, .56)]
-    W, reach = np.array([_weights(*q) for q in parts]), [FAR_M, 50., 60.] + [45.] * (2 * floors)
+    W, reach = _corners(parts), [FAR_M, 50., 60.] + [45.] * (2 * floors)
     c, s = np.cos(prop.yaw_rad), np.sin(prop.yaw_rad)
     for name, f in box_faces((-l / 2, l / 2, -w / 2, w / 2), 0, h).items():
         if name == 'top': continue
         n = max(1, round(float(np.hypot(*(f[1] - f[0])[:2])) / 5))
         tones, panes = gen.uniform(.82, 1.16, n), gen.uniform(.7, 1.4, (n, 2 * floors))
-        panels = np.array([_weights(i / n, (i + 1) / n, 0, 1) for i in range(n)]) @ f
+        panels = _strips(n) @ f
         centres = panels.mean(1) * [1, 1, 0]
         quads = W @ (panels - centres[:, None])[:, None]                     # panel, part, corner, xyz
         rgb = np.concatenate([tones[:, None, None] * base * [[1.], [.62], [.8]], panes[..., None] * glass], 1)

@@ -8,6 +8,7 @@ __all__ = ['COLORS', 'COMPASS', 'SAME', 'EVERY', 'color_name', 'Shown', 'shown',
 
 # %% ../../nbs/10_world/66_spatial.ipynb #c003
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -23,6 +24,10 @@ COLORS = {'white': (235, 235, 235), 'black': (30, 30, 34), 'grey': (120, 124, 13
 
 def color_name(rgb) -> str:
     "Nearest of ten colour words."
+    return _color_name(tuple(float(c) for c in rgb))
+
+@lru_cache(maxsize=4096)
+def _color_name(rgb: tuple) -> str:
     return min(COLORS, key=lambda c: float(((np.asarray(rgb, float) - COLORS[c]) ** 2).sum()))
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ __getattr__, __dir__ = lazy_api("vlarepro.evaluation", {
     "Analyses": "ikvla_analyses",
     "beneficial_table": "beneficial",
     "Checkpoints": "ikvla_analyses",
-    "cross_table": "cross",
     "corruption_curve": "corruption",
     "endpoint_changes": "stitching",
     "gate_data": "gate",

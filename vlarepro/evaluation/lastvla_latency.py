@@ -41,7 +41,7 @@ def cost_model(s: LatencySettings, tokenizer, latents: bool, feedback: bool, dev
     cfg = LaSTConfig(s.backbone, layout, (tuple(s.grid),), 64, {}, feedback=feedback, family=s.family)
     return LaSTVLA(cfg, tokenizer, vision="tiny", device=device, dtype=getattr(torch, s.dtype)).to(device, getattr(torch, s.dtype)).eval()
 
-
+# %% ../../nbs/80_evaluation/84_lastvla_latency.ipynb #c005c
 def _clock(device):
     if str(device).startswith("cuda"): torch.cuda.synchronize()
     return time.perf_counter()

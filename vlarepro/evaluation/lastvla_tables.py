@@ -66,7 +66,7 @@ def navsim_table(
     rows = [row(scores, version, v, n, columns, stages) for v, n in named.items() if v in have]
     return rows + [row(scores, version, v, label(v), columns, stages, extra=True) for v in sorted(have, key=lambda v: (v.endswith("@shuffled"), v.endswith("@sft"), list(LABELS).index(v.split("@")[0]))) if v not in named]
 
-
+# %% ../../nbs/80_evaluation/82_lastvla_tables.ipynb #c008c
 ABLATIONS = {  # table -> arm -> row of the paper
     "ablation-cot": {"textual_cot": "textual CoT", "latent_unsupervised": "latent, unsupervised", "full": "latent, supervised (WM+3D)"},
     "ablation-dual": {"latent_unsupervised": "none (RL without WM and 3D)", "align_wm": "WM only", "align_3d": "3D only", "full": "WM + 3D"},
@@ -140,7 +140,7 @@ def _parts(scores: NavsimScores, claim: str) -> "tuple | None":
         return parts, lambda v: _gap("full", "full, shuffled")(v) - _gap("plain_mask", "plain_mask, shuffled")(v), c["full"].endswith("@sft")
     return None
 
-
+# %% ../../nbs/80_evaluation/82_lastvla_tables.ipynb #c010c
 def judge(
     scores: NavsimScores,
     claims: list,              # entries of reference/lastvla/claims.yaml

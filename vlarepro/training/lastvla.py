@@ -157,7 +157,7 @@ def start_from(model: LaSTVLA, base: LaSTVLA) -> LaSTVLA:
     if missing: raise ValueError(f"the base lacks {missing[:3]}: it is of another size")
     return model
 
-
+# %% ../../nbs/70_training/50_lastvla.ipynb #c010c
 def train_base(settings: LaSTSettings, data: LaSTData, captions: list, tokenizer, large: bool, seed: int, out, scratch, device: str = "cpu") -> list:
     "Descriptions and reasons; what all arms start from."
     model = LaSTVLA(model_config(settings, None, data, large), tokenizer, seed)
@@ -238,7 +238,7 @@ def _work(settings, source, name, seed, out, scratch, asked, device, threads):
     base = load_model(folder / ("base_large" if arm(name).large else "base"), tokenizer)
     return train_arm(settings, data, tokenizer, name, base, seed, folder, Path(scratch) / f"seed-{seed}", questions if name in asked else None, device)
 
-
+# %% ../../nbs/70_training/50_lastvla.ipynb #c012c
 def train_arms(
     settings: LaSTSettings,
     source: dict,              # see `open_source`

@@ -108,7 +108,7 @@ class GRPOPhase:
         return GRPOConfig(steps=self.steps, batch=self.batch, group=self.group, lr={"model": self.lr}, weight_decay=0.0, warmup=0.05, grad_clip=1.0, seed=seed, beta=self.beta,
                           advantage="std", epsilon=(self.epsilon, self.epsilon), updates=self.updates, device=device)
 
-
+# %% ../../nbs/70_training/51_lastvla_grpo.ipynb #c013c
 def reward_frames(data: LaSTData, folder: "str | Path", frames: "int | None") -> tuple:
     "The windows whose scenes are cached, evenly thinned, and those scenes."
     files = {p.stem: p for p in Path(folder).glob("*.npz")}
@@ -136,7 +136,7 @@ def _reinforce(settings, how, source, caches, name, seed, sft_folder, out, scrat
     save_model(out / f"seed-{seed}" / name, model, arm=name)
     return curves
 
-
+# %% ../../nbs/70_training/51_lastvla_grpo.ipynb #c013e
 def reinforce_arms(
     settings: LaSTSettings,
     how: GRPOPhase,

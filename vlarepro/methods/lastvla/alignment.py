@@ -40,7 +40,7 @@ class CrossLayer(nn.Module):
         x = x + self.out(F.scaled_dot_product_attention(split(self.q(self.norm_q(x))), split(k), split(v), mask).transpose(1, 2).reshape(b, t, w))
         return x + self.mlp(self.norm_m(x))
 
-
+# %% ../../../nbs/60_methods/lastvla/20_alignment.ipynb #c010c
 class Adapter(nn.Module):
     "Latents of some groups to a teacher's features of the same groups."
     def __init__(

@@ -95,7 +95,7 @@ def _encode(tokenizer, texts):
     "All texts at once: one call is ten times faster than one a text."
     return tokenizer.base(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
-
+# %% ../../../nbs/60_methods/lastvla/50_tasks.ipynb #c010c
 def user_text(
     w: Windows, i: int,
     numbers: bool,       # status and history as number tokens too

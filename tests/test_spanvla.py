@@ -9,6 +9,7 @@ import yaml
 from vlarepro.core.params import load_config, strict
 from vlarepro.core.paths import root
 from vlarepro.core.seeds import rng, torch_rng
+from vlarepro.data.windows import save_windows
 from vlarepro.evaluation.spanvla_latency import Bench, LatencyConfig, count
 from vlarepro.evaluation.spanvla_tables import SCORE_CLAIMS, scenario
 from vlarepro.methods.spanvla.answers import HANDOVER, aligned, length_penalty, make_tokenizer, reasoning_text, says
@@ -27,11 +28,11 @@ from vlarepro.methods.spanvla.model import (
     sequence,
     synthetic_windows,
 )
-from vlarepro.methods.spanvla.planner import batch_of, plan_drives
+from vlarepro.methods.spanvla.planner import batch_of, load_bridge, load_model, plan_drives
 from vlarepro.methods.spanvla.reward import BEST, RECIPES, Answer, RewardConfig, Samples, SpanReward, recipe_rows
 from vlarepro.scoring.pdm.scene import straight_scene
 from vlarepro.training.sft import sample_uniform
-from vlarepro.training.spanvla import BridgeTask, SpanVLASettings
+from vlarepro.training.spanvla import BridgeTask, SpanVLASettings, train_in_processes
 from vlarepro.training.spanvla_rft import RFTSettings, SpanPolicy, join_drives
 
 SIZE = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
@@ -250,3 +251,22 @@ def test_sequences_keep_prompt_and_answer_apart(made):
     for i in range(4): assert ids[i][target[i]].tolist() == answers[i]
     assert (answers[0].count(model.handover), answers[0][-1]) == (1, model.end) and HANDOVER in model.tokenizer.decode(answers[0])
     assert bool((mask | ~target).all())
+
+
+def test_two_processes_share_a_batch(tmp_path):
+    phase = dict(steps=3, batch=8, lr=1e-3, weight_decay=0.0, warmup=0.1, clip=1.0, ema=0.0)
+    settings = SpanVLASettings.read(dict(
+        model=dict(vlm={**SIZE, "num_hidden_layers": 3}, grids=[[1, 2, 4]] * 3, codebook=16, delta_m=0.3, vocab=400), language=phase, bridge=phase,
+        expert={k: v for k, v in BASE.items() if k != "waypoints"}, bridges=["interval2"], action_weight=1.0, cot_weight=1.0, language_windows=1))
+    w, features, traces = synthetic_windows(24)
+    save_windows(w, tmp_path / "windows.npz")
+    np.save(tmp_path / "features.npy", features)
+    files = (tmp_path / "windows.npz", tmp_path / "features.npy", traces)
+    logs = {n: train_in_processes(settings, *files, 0, tmp_path / f"{n}", tmp_path / f"scratch{n}", workers=n) for n in (1, 2)}
+    for part in ("language", "bridges"):
+        # rank 0 reports its own half of the batch, so the two runs agree in size, not in digits
+        assert [r["step"] for r in logs[1][part]] == [r["step"] for r in logs[2][part]]
+        assert logs[2][part][-1]["loss"] == pytest.approx(logs[1][part][-1]["loss"], rel=0.3)
+    assert load_bridge(tmp_path / "2/bridges/interval2", load_model(tmp_path / "2/model")).layers == [0, 2]
+    with pytest.raises(ValueError, match="torchrun"):
+        train_in_processes(settings, "w", "f", {}, 0, tmp_path, tmp_path, workers=2, device="cuda")

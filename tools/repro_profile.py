@@ -54,7 +54,7 @@ def main() -> int:
     copy = ROOT / "scratch" / "profiles" / profile
     sync(copy)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    keys = ("active", "worlds", "specdec_in")
+    keys = ("active", "worlds", "spanvla_in", "specdec_in", "lastvla_in")
     for key in keys:
         text, n = re.subn(rf"^{key}: \[.*\]", f"{key}: [{profile}]", text, flags=re.M)
         if n != 1:

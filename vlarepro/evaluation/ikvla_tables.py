@@ -7,7 +7,7 @@ __all__ = ['ANALYSES', 'NAVSIM_ROWS', 'NAVSIM_MORE', 'RHO_M', 'REACTION_M', 'as_
            'navsim_table', 'main_grain', 'table6', 'table7', 'table8', 'gain', 'table9', 'yaw_separation', 'pearson',
            'spearman', 'correlation', 'seed_l2', 'table10a', 'table10b', 'table5_stitching', 'table12',
            'corruption_tables', 'table16', 'effects', 'verdicts', 'language_claims', 'stages_behind', 'plan_findings',
-           'analysis_findings', 'gain_findings', 'explained']
+           'analysis_findings', 'carried_finding', 'gain_findings', 'explained']
 
 # %% ../../nbs/80_evaluation/74_ikvla_tables.ipynb #c003
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 from ..core.seeds import rng
 from .beneficial import beneficial_groups, beneficial_table, endpoint_error
 from .ikvla import DRAWS, EXTRA_ROWS, ArmScores
-from .ikvla_analyses import Analyses
+from .ikvla_analyses import Analyses, carried_rows
 from .navsim_arms import NavsimScores
 from .nsp_quality import plan_l2
 from .stitching import PLACEMENTS, given_reaction, paired_control
@@ -386,6 +386,15 @@ def analysis_findings(a: Analyses, navsim: "NavsimScores | None" = None) -> dict
         d = {k: 100 * float(np.nanmean(navsim.values["v2"]["ikvla_grpo"][c]) - np.nanmean(navsim.values["v2"]["ikvla"][c])) for k, c in (("EPDMS", "score"), ("EC", "ec"))}
         out["C-C14"] = "change by GRPO: " + _listed(d, 2)
     return out
+
+
+def carried_finding(a: Analyses) -> dict:
+    "Why a better next state need not be a better plan (C-C1): over-fitting or what the state carries."
+    rows = {r["arm"]: r for r in carried_rows(a.under("carried"))}
+    if not {"ikvla", "blind_nsp"} <= set(rows): return {}
+    pair = lambda k, d=2: f"{rows['ikvla'][k]:.{d}f} against {rows['blind_nsp'][k]:.{d}f} for the blind prediction"
+    return {"C-C1": f"where the plan's error comes from (one seed, full model): ADE on scenes of training {rows['ikvla']['ADE, train [m]']:.2f} m, on others {rows['ikvla']['ADE, val [m]']:.2f} m; "
+                    f"a linear read-out finds in the predicted state the command with R² {pair('R² command')}, the speed with {pair('R² speed', 3)}"}
 
 
 def gain_findings(rows: list) -> dict:  # rows of Table 9

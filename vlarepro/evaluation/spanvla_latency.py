@@ -125,7 +125,7 @@ def stage_times(bench: Bench, tier: str = "eager") -> dict:  # name -> list of s
         else: out = was
     return out
 
-
+# %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c014
 def latency_rows(times: dict, c: LatencyConfig) -> list:  # rows like Table 4, once for each kind of reasoning
     "Stage split of every arm."
     m, rows = {k: float(np.median(v)) for k, v in times.items()}, []

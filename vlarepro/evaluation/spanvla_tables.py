@@ -163,7 +163,7 @@ def figure3(traces) -> list:
     return [{"row": k, "arm": "world", "values": {"count": {"value": n[k]}}, "seeds": [], "stages": ["embedded"]}
             for k in ("cut-in & lead braking", "stop sign", "VRU", "construction zone", "others", "lane bias", "ego lane change")]
 
-
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c014
 def latency_tables(latency: dict, tier: str = "eager") -> dict:  # table -> rows; times belong to a device
     "Tables 4 and 5 in seconds, and both tiers with both lengths of reasoning."
     c, med = latency["config"], {k: float(np.median(v)) for k, v in latency["times"][tier].items()}
@@ -206,7 +206,7 @@ def count_rows(latency: dict) -> dict:
     rows = [{"row": f"{t}: {k}", "arm": "rft", "values": {"launches": {"value": v}}, "seeds": [], "stages": ["latency-spanvla"], "extra": True} for t, d in latency["counts"].items() for k, v in d.items()]
     return {"title": "Launching operations of a plan (ours)", "columns": ["launches"], "note": latency["config"]["device_note"], "rows": rows}
 
-# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c014
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c016
 def _least(*f: Callable) -> Callable: return lambda v: np.minimum.reduce([np.asarray(g(v)) for g in f])
 def _steps(*arms: str) -> Callable: return _least(*(difference(a, b) for a, b in zip(arms, arms[1:])))
 def _inner(low: str, mid: str, high: str) -> Callable: return _least(difference(mid, low), difference(mid, high))
@@ -224,7 +224,7 @@ SCORE_CLAIMS = {  # id -> (arms, statistic of their mean PDMS)
     "A-C11": (("rft", "reward_weight2", "reward_weight8", "reward_threshold0.8", "reward_threshold2.5"), _least(_inner("reward_weight2", "rft", "reward_weight8"), _inner("reward_threshold0.8", "rft", "reward_threshold2.5"))),
     "A-C12": (("rft", "bridge_sequential", "bridge_latent"), _steps("rft", "bridge_sequential", "bridge_latent"))}
 
-
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c018
 def _reasoning_effect(m: Measured) -> "tuple[Interval, int]":
     "A-C13: smaller of the relative fall of tokens and the fall of slow mode on simple scenes."
     v = {f"{k}{a}": m.reasoning[f"{k}/{a}"] for k in ("tokens", "slow") for a in ("sft", "rft")}
@@ -268,7 +268,7 @@ def _effect(m: Measured, latency: "dict | None", claim: str) -> "tuple[Interval,
         return _cure_effect(m) if enough else None
     raise KeyError(f"no rule for claim {claim!r}")
 
-
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c020
 def judge(m: Measured, latency: "dict | None", claims: list, profile: str) -> list:
     "Effect, interval and verdict of every claim that these results can decide."
     out = []

@@ -137,8 +137,9 @@ def model_config(settings: LaSTSettings, name: "str | None", data: LaSTData, lar
 
 
 def save_model(folder: "str | Path", model: LaSTVLA, **more):
-    "Write a checkpoint, on the first rank only."
+    "Write a checkpoint, on the first rank only; the others wait until it is there."
     if not dist.is_initialized() or dist.get_rank() == 0: save_checkpoint(folder, model, asdict(model.cfg) | more)
+    if dist.is_initialized(): dist.barrier()
 
 
 def load_model(folder: "str | Path", tokenizer) -> LaSTVLA:

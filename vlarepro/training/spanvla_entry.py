@@ -32,7 +32,7 @@ def run_config(
     if stage not in KEYS: raise KeyError(f"{path}: stage {stage!r}: expected one of {sorted(KEYS)}")
     if set(c) != KEYS[stage]: raise KeyError(f"{path}: missing {sorted(KEYS[stage] - set(c))}, unknown {sorted(set(c) - KEYS[stage])}")
     if str(c["device"]).startswith("cuda") and not torch.cuda.is_available(): raise RuntimeError(f"{path} asks for {c['device']}, but no CUDA device is there: set \"device\": \"cpu\"")
-    if stage == "rft": return train_rft(RFTSettings.read(c["settings"]), RFTFiles(**c["files"]), c["seed"], c["out"], c["scratch"], c["workers"], c["device"], c["threads"])
+    if stage == "rft": return train_rft(RFTSettings.read(c["settings"]), RFTFiles(**c["files"]), c["seed"], c["out"], c["scratch"], c["workers"], c["threads"], c["device"])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: dist.init_process_group("nccl" if c["device"] == "cuda" else "gloo")
     traces = {int(k): v for k, v in read_json(c["traces"]).items()}
     return train_spanvla(SpanVLASettings.read(c["settings"]), load_windows(c["windows"]).of("train"), np.load(c["features"], mmap_mode="r"), traces, c["seed"], c["out"], c["scratch"], c["device"])

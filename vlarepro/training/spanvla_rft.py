@@ -10,7 +10,9 @@ import copy
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -175,14 +177,20 @@ class RFTFiles:
     pair_caches: "str | None"
 
 
+@lru_cache(maxsize=1)
+def _load_pool(files: RFTFiles) -> tuple:
+    "The pool, read once a process: no arm changes it."
+    model, pairs = load_model(Path(files.sft) / "model"), load_pairs(files.pairs) if files.pairs else None
+    return rft_pool(model, load_windows(files.windows), np.load(files.features, mmap_mode="r"), files.caches, pairs, files.pair_caches)
+
+
 def _run(settings, files: RFTFiles, name: str, warm: "str | None", seed: int, out: str, scratch: str, device: str, threads: int, first: bool) -> list:
     "One warm-up (`first`) or one arm; writes <out>/<name>.safetensors and returns the curves."
     set_threads(threads)
     a = arm(name)
     model = load_model(Path(files.sft) / "model", device)
     bridge = load_bridge(Path(files.sft) / "bridges" / a.bridge, model).requires_grad_(False) if a.bridge else None
-    pairs = load_pairs(files.pairs) if files.pairs else None
-    drives, samples = rft_pool(model, load_windows(files.windows), np.load(files.features, mmap_mode="r"), files.caches, pairs, files.pair_caches)
+    drives, samples = _load_pool(files)
     warmup, mix = recipe_rows(RECIPES[a.recipe], samples.kind, settings.per_thousand, rng("spanvla-recipe", seed))
     start = read_tensors(Path(out) / f"{warm}.safetensors") if warm else None
     label = f"{'warm-up of ' if first else ''}{name}, seed {seed}"
@@ -196,15 +204,25 @@ def _run(settings, files: RFTFiles, name: str, warm: "str | None", seed: int, ou
 def _key(a: Arm) -> tuple: return a.bridge or "actions", a.reward.get("version", "v1"), RECIPES[a.recipe][0]
 
 
+@contextmanager
+def _pool(workers: int, threads: int):
+    "Gives a function that maps `_run` over arguments, in this process or in several that stay for the next round."
+    if workers == 1:
+        yield lambda jobs: [_run(*j) for j in jobs]
+        return
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda jobs: [f.result() for f in [pool.submit(_run, *j) for j in jobs]]
+
+
 def train_rft(
     settings: RFTSettings,
     files: RFTFiles,
     seed: int,
     out: "str | Path",        # gets <arm>.safetensors, warmup-*.safetensors, curves.json
     scratch: "str | Path",
-    workers: int = 2,
+    workers: int = 1, threads: int = 1,  # processes, and threads of each
     device: str = "cpu",
-    threads: int = 1,
 ) -> dict:                    # run -> curves
     "Reinforce every arm of a profile."
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -212,12 +230,9 @@ def train_rft(
     from_which = {n: first[names[0]] for names in warmups(settings.arms).values() for n in names}
     rounds = [[(n, None, True) for n in first], [(n, from_which.get(n), False) for n in settings.arms]]
     curves = {}
-    for jobs in rounds:
-        args = [(settings, files, n, warm, seed, str(out), str(scratch), device, threads, start) for n, warm, start in jobs]
-        if workers > 1:
-            os.environ["OMP_NUM_THREADS"] = str(threads)
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool: done = [f.result() for f in [pool.submit(_run, *a) for a in args]]
-        else: done = [_run(*a) for a in args]
-        curves |= {(first[n] if start else n): c for (n, _, start), c in zip(jobs, done)}
+    with _pool(workers, threads) as run:
+        for jobs in rounds:
+            done = run([(settings, files, n, warm, seed, str(out), str(scratch), device, threads, start) for n, warm, start in jobs])
+            curves |= {(first[n] if start else n): c for (n, _, start), c in zip(jobs, done)}
     write_json(Path(out) / "curves.json", curves)
     return curves

@@ -33,7 +33,9 @@ def directions_covered(
     center = np.arctan2(mid[..., 1], mid[..., 0])
     half = np.abs(wrap_angle(bearing - center[..., None])).max(-1)
     bins = (np.arange(N_BINS) + .5) * (2 * np.pi / N_BINS) - np.pi
-    covered = np.abs(wrap_angle(bins - center[..., None])) <= np.maximum(half, np.pi / N_BINS)[..., None]
+    turn = bins - center[..., None] + np.pi                             # `wrap_angle` for less than a turn too much
+    turn += np.where(turn < 0, 2 * np.pi, np.where(turn >= 2 * np.pi, -2 * np.pi, 0.))
+    covered = np.abs(turn - np.pi) <= np.maximum(half, np.pi / N_BINS)[..., None]
     return covered, np.hypot(rel[..., 0], rel[..., 1]).min(-1)
 
 # %% ../../nbs/10_world/60_language.ipynb #c007

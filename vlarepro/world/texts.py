@@ -26,8 +26,9 @@ def scene_language(
 ) -> list[dict]:                        # per keyframe: one entry for each of KINDS
     "Every text about every keyframe of a scene."
     dice = {kind: Dice(keyed_rng('language', kind, scene.seed)) for kind in KINDS}
-    told, out = traces(scene, seen), []
-    for k, view in enumerate(views(scene, seen)):
+    known, out = views(scene, seen), []
+    told = traces(scene, seen, known)
+    for k, view in enumerate(known):
         objects = things(scene, seen, k)
         out.append(dict(caption=caption(scene, view, objects, int(seen.step[k]), dice['caption']), explanation=explanation(view, decide(view), dice['explanation']), coc=told[k],
                         qa=questions(objects, dice['qa']), spatial=spatial.spatial_questions(scene, seen, k, rig, dice['spatial']) if k % spatial.EVERY == 0 else [],

@@ -196,12 +196,13 @@ def write_trace(
 def traces(
     scene: Scene,
     seen: Observed,
-) -> list[dict]:  # one a keyframe, see `write_trace`
+    known: list[View] | None = None,  # the `views` of this scene, where they are at hand
+) -> list[dict]:                      # one a keyframe, see `write_trace`
     "Chains of causation of every keyframe."
     habits = Dice(keyed_rng('writer', scene.seed))
     writer = tuple(int(habits.next() * 3) for _ in range(3))
     draw, out = keyed_rng('trace', scene.seed).random((len(seen.step), 8)), []
-    for k, view in enumerate(views(scene, seen)):
+    for k, view in enumerate(views(scene, seen) if known is None else known):
         dice = Dice(None)
         dice.u = draw[k].tolist()
         out.append(write_trace(view, decide(view), writer, dice))

@@ -159,13 +159,13 @@ class SpanVLA(nn.Module):
         status, table = self.told(history), self.vlm.hf.get_input_embeddings()
         return lambda t: table(t) + (t == self.handover)[:, None] * status
 
-
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c013
 def make_codebook(config: ModelConfig, drives_path: Float[np.ndarray, "n t 3"], generator, most: int = 40000) -> Codebook:
     "K-disk on the segments of training drives."
     pieces = segments(drives_path.astype(float)).reshape(-1, 3)
     return k_disk(pieces[generator.permutation(len(pieces))[:most]], config.codebook, config.delta_m, generator)
 
-# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c014
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c016
 def answers_of(
     model: SpanVLA,
     drives: Drives,
@@ -212,7 +212,7 @@ def language_loss(
     out = {"language": (weight * nll).sum() / weight.sum()}
     return out | {"action": action_weight * (weight * nll)[act].sum() / weight[act].sum()} if bool(act.any()) else out
 
-# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c017
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c019
 @dataclass
 class Written:
     "Reasonings of a batch."
@@ -278,7 +278,7 @@ def act(
     full, real = full.gather(1, order), real.gather(1, order)
     return self.vlm.generate(self.prefill(full, real, looks, history), self.config.waypoints + 2, (self.end,), pick, self.allow, self.on_token(history))
 
-# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c021
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c023
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

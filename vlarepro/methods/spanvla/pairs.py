@@ -66,7 +66,7 @@ def see_synthetic(
         seen.append(encode_images(net, np.stack(images).transpose(0, 1, 2, 4, 5, 3), np.stack(valid).all(1)).numpy())
     return Windows(*(np.array(c, t) for c, t in zip(zip(*rows), types))), np.concatenate(seen).astype(np.float16)
 
-
+# %% ../../../nbs/60_methods/spanvla/45_pairs.ipynb #c008
 def read_pairs(
     root: "str | Path",          # data root of a minidrive world
     encoder: "str | Path",       # folder of the trained encoder
@@ -95,7 +95,7 @@ def load_pairs(path: "str | Path") -> Pairs:
     if not Path(path).is_file(): raise FileNotFoundError(f"no pairs at {path}: run the pairs stage")
     with np.load(path, allow_pickle=False) as z: return Pairs(Windows(**{c.name: z[f"windows/{c.name}"] for c in fields(Windows)}), z["kind"], z["fault"], z["features"])
 
-# %% ../../../nbs/60_methods/spanvla/45_pairs.ipynb #c008
+# %% ../../../nbs/60_methods/spanvla/45_pairs.ipynb #c010
 def pair_caches(
     name: str, about: dict,       # a scene and what the world's card says of it
     world_seed: int,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_model', 'load_model', 'save_bridge', 'load_bridge', 'Lora', 'save_lora_file', 'with_lora', 'Plans', 'batch_of',
-           'start_noise', 'plan_drives', 'decode_actions', 'SpanVLAPlanner']
+           'start_noise', 'reason_all', 'plan_drives', 'decode_actions', 'SpanVLAPlanner']
 
 # %% ../../../nbs/60_methods/spanvla/60_planner.ipynb #c003
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from .answers import mode_of, prompt_of
 from .arms import BRIDGES
 from .bridge import Bridge, BridgeConfig
 from .codebook import Codebook, to_path
-from .model import Drives, ModelConfig, SpanVLA, add_lora, history_numbers, load_lora
+from .model import Drives, ModelConfig, SpanVLA, Written, add_lora, history_numbers, load_lora
 from ...models.checkpoints import load_checkpoint, load_config, read_tensors, save_checkpoint
 
 # %% ../../../nbs/60_methods/spanvla/60_planner.ipynb #c006
@@ -93,6 +93,21 @@ def start_noise(bridge: Bridge, rows, key: str = "spanvla-start") -> Float[torch
     return torch.stack([torch.randn(bridge.config.waypoints, bridge.size, generator=torch_rng(key, int(r))) for r in rows])
 
 
+def reason_all(
+    model: SpanVLA,
+    prompt: tuple,        # of `batch_of`
+    short: int = 32,      # tokens of the first round: enough for an answer in fast mode
+) -> Written:
+    "Greedy reasoning in two rounds: rows that go on after the first are written again without the others, which would only wait."
+    said, tokens, counts = model.reason(*prompt, max_new=min(short, model.config.max_reasoning))
+    ends = torch.tensor([model.handover, model.end], device=tokens.device)
+    long = torch.nonzero(~(torch.isin(tokens, ends) & counts).any(1)).flatten()
+    if not len(long) or short >= model.config.max_reasoning: return said
+    again, _, _ = model.reason(*(x[long] for x in prompt))
+    for k, i in enumerate(long.tolist()): said.tokens[i], said.texts[i] = again.tokens[k], again.texts[k]
+    return Written(said.tokens, said.texts, said.cut - len(long) + again.cut)
+
+
 @torch.inference_mode()
 def plan_drives(
     model: SpanVLA,
@@ -109,7 +124,7 @@ def plan_drives(
     for i in range(0, len(drives), batch):
         rows = np.arange(i, min(i + batch, len(drives)))
         prompt = batch_of(model, drives, rows)
-        said, _, _ = model.reason(*prompt)
+        said = reason_all(model, prompt)
         tokens += [len(t) for t in said.tokens]; texts += said.texts; cut += said.cut
         if bridges:
             cond = model.hand_over(*prompt, said.tokens, layers)

@@ -17,6 +17,7 @@ import jinja2
 
 from ..core.paths import atomic_dir, read_json, root
 from ..core.progress import progress
+from ..evaluation.cross import cross_table, ideas
 from .reference import ARXIV, PAPER_NAMES, PAPERS, load_claims, load_tables, slug
 from .tables import PROFILES, list_tables, load_results, made_by, merge, stale, status
 from .claims import NOT_RUN, VERDICTS, claim_entries, count_verdicts, list_claims
@@ -187,6 +188,12 @@ _WORLD = """{% extends 'page' %}{% block title %}The world{% endblock %}{% block
 {% for group, items in gallery %}<h2 id="{{ group|slug }}">{{ group }}</h2><div class="gallery">{% for f in items %}<figure class="panel"><img src="{{ f.src }}" alt="{{ f.alt }}" loading="lazy"><figcaption><b>{{ f.title|capfirst }}</b> {{ f.caption }}</figcaption></figure>{% endfor %}</div>{% endfor %}
 {% if not gallery %}<p class="panel">No pictures: they lie in <code>runs/</code>, which <code>dvc repro tables-world</code> fills.</p>{% endif %}{% endblock %}
 """
+_CROSS = """{% extends 'page' %}{% block title %}Across the papers{% endblock %}{% block main %}
+<h1>Across the papers</h1><p class="lead">The planners of all papers in one world and one table, and which ideas paid there.</p>
+{% for p in profiles %}<h2 id="{{ p.profile }}">{{ m.prof(p.profile) }}</h2>{% if p.table %}{{ tb.table(p.table) }}{% endif %}
+{% for title, text, items in p.ideas %}<h3>{{ title }} ({{ items|length }})</h3><p class="small">{{ text }}</p><ul>{% for x in items %}<li><a href="{{ x.paper }}.html#{{ x.id }}">{{ x.id }}</a> {{ x.statement }} <span class="small">{% if x.effect is not none %}{{ x.effect|num }}{% if x.interval %} [{{ x.interval[0]|num }}, {{ x.interval[1]|num }}]{% endif %}{% endif %}</span></li>{% else %}<li>none</li>{% endfor %}</ul>{% endfor %}
+{% else %}<p class="panel">No paper has results beyond the pipeline test yet: run <code>make repro</code>.</p>{% endfor %}{% endblock %}
+"""
 _NOTEBOOK = """{% extends 'page' %}{% block title %}{{ title }}{% endblock %}{% block main %}<div class="nb">{{ body }}</div>{% endblock %}"""
 
 # %% ../../nbs/90_report/50_site.ipynb #c015
@@ -216,7 +223,7 @@ def cell_text(
 
 def environment() -> jinja2.Environment:
     "Templates with their filters; undefined names are errors."
-    env = jinja2.Environment(loader=jinja2.DictLoader({"page": _PAGE, "index": _INDEX, "paper": _PAPER, "world": _WORLD, "notebook": _NOTEBOOK}),
+    env = jinja2.Environment(loader=jinja2.DictLoader({"page": _PAGE, "index": _INDEX, "paper": _PAPER, "world": _WORLD, "cross": _CROSS, "notebook": _NOTEBOOK}),
                              autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     env.filters.update(num=num, cell=cell_text, slug=slug, seeds=_seeds, capfirst=lambda s: s[:1].upper() + s[1:])
     env.globals.update(signs=SIGNS, not_run=NOT_RUN, verdicts=VERDICTS, meaning=_MEANING)
@@ -360,7 +367,7 @@ class _Site:
         self.entries, self.list = claim_entries(results, claims), list_tables(results, tables)
         self.real = {paper: r for (p, paper), r in results.items() if p == "real"}
         self.nav = [(f"{p}.html", PAPER_NAMES[p].replace("Reasoning-aware speculative", "Speculative")) for p in PAPERS]
-        self.nav += [("world.html", "The world")] + [("real.html", "Real samples")] * bool(self.real) + [("baselines.html", "Baselines")]
+        self.nav += [("cross.html", "Across"), ("world.html", "The world")] + [("real.html", "Real samples")] * bool(self.real) + [("baselines.html", "Baselines")]
         (out / "figures").mkdir(parents=True)
 
     def page(self, template: str, name: str, **data):
@@ -463,6 +470,22 @@ def _other_pages(s: _Site):
            lead="Small real samples, read by the same readers and planned by models trained elsewhere. It tests the path, not skill, and gives no verdicts.")
 
 
+_OUTCOMES = {"paid": "The interval lies on the claim's side: in this world the idea does, or the fact is, what the paper says.", "did not pay": "The interval lies on the other side.",
+             "open": "The interval crosses the line: these runs cannot tell."}
+
+
+def _cross_page(s: _Site):
+    "Write the page that lays the papers side by side, one part a profile."
+    parts = []
+    for prof in [p for p in PROFILES if p not in ("smoke", "real")]:
+        t, sorted_ideas = cross_table(s.results, prof), ideas(s.claims, s.results, prof)
+        if t is None and not any(sorted_ideas.values()): continue
+        old = any(v for (p, paper), v in s.stale.items() if p == prof and paper in PAPERS)
+        view = t and {**table_view(own_table(t), {prof: t}, {}, {prof: old}), "label": "Planners", "title": "PDM scores, errors and training time", "status": None, "any_made": False}
+        parts.append({"profile": prof, "table": view, "ideas": [(k.capitalize(), _OUTCOMES[k], v) for k, v in sorted_ideas.items()]})
+    s.page("cross", "cross.html", profiles=parts)
+
+
 _WORLD_TABLES = ("probes", "shares", "rho", "floors", "readout", "leaks", "navsim_v1_pdms", "navsim_v2_epdms")
 
 
@@ -502,6 +525,7 @@ def build_site(
         books = [(h, t) for h, t in books if "/runs-" not in h]
         for p in PAPERS: _paper_page(s, p, [(h, f"{t}, {prof}") for prof, items in ran for h, t in items if p in h])
         _other_pages(s)
+        _cross_page(s)
         _world_page(s, runs)
         _index_page(s, [(f"executed, {p}", items) for p, items in ran] + [("the library", books)])
         problems = check_site(tmp)

@@ -36,7 +36,7 @@ class LatencyConfig:
     repeats: int
     device_note: str
 
-
+# %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c008
 class Bench:
     "A model with random weights and everything that is timed."
     def __init__(self, c: LatencyConfig, hw: tuple = (64, 128), frames: int = 2):
@@ -85,7 +85,7 @@ class Bench:
         cond = Condition(kv, torch.ones(1, l, dtype=torch.bool, device=self.c.device), at)
         return e.flow(e.prepare(cond, self.history, self.vlm.decoder.rotary_emb), steps)
 
-# %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c009
+# %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c011
 def count(call) -> int:
     "Operations that a call launches."
     with Launches() as counted: call()
@@ -101,7 +101,7 @@ def count_table(bench: Bench, tier: str = "eager") -> dict:  # name -> operation
     for k in (1, 2, 5, 10): out[f"expert interval2, {k} steps"] = count(lambda k=k: bench.expert(tier, prefix, "interval2", bench.c.waypoints[0], k))
     return out
 
-# %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c012
+# %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c014
 def _clock(bench: Bench, call, *args) -> float:
     bench.sync(); start = time.perf_counter(); call(*args); bench.sync()
     return time.perf_counter() - start
@@ -125,7 +125,7 @@ def stage_times(bench: Bench, tier: str = "eager") -> dict:  # name -> list of s
         else: out = was
     return out
 
-# %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c014
+# %% ../../nbs/80_evaluation/88_spanvla_latency.ipynb #c016
 def latency_rows(times: dict, c: LatencyConfig) -> list:  # rows like Table 4, once for each kind of reasoning
     "Stage split of every arm."
     m, rows = {k: float(np.median(v)) for k, v in times.items()}, []

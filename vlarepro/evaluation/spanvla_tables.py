@@ -98,7 +98,7 @@ def score_table(m: Measured, version: str, columns: dict, named: dict, extras: t
     rows = [row(m, n, a, scored(m, a, version, columns)) for n, a in named.items() if m.has(a)]
     return rows + [row(m, EXTRA.get(a, a), a, scored(m, a, version, columns), True) for a in extras if m.has(a)]
 
-
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c010
 def table3(m: Measured) -> list:
     "navhard, both stages; the combined score stands on both, as in the paper. Intervals resample groups."
     rows, columns = [], {c: k for c, k in V2_COLUMNS.items() if c != "EPDMS"}
@@ -122,7 +122,7 @@ def reasoning_table(m: Measured) -> list:
         if m.simple is not None and m.simple.any(): rows.append(row(m, f"{name}, simple scenes", arm, cells(arm, m.simple, "simple"), True))
     return rows + [row(m, f"{a}: AutoVLA", a, cells(a, every, "all"), True) for a in ("autovla_sft", "autovla") if m.has(a)]
 
-# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c010
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c012
 FIG5 = {"w+p": "recipe_w2_p4", "w+p+n (2/3/1)": "recipe_w2_p3_n1", "w+p+n (2/2/2)": "recipe_w2_p2_n2", "w+p+n (2/1/3)": "recipe_w2_p1_n3", "w+p+n+r (2/2/1.5/0.5)": "rft", "w+p+n+r (2/2/1/1)": "recipe_w2_p2_n1_r1",
         "w+p+r (2/2/2)": "recipe_w2_p2_r2", "p+n (5/1)": "recipe_p5_n1", "p+r (5/1)": "recipe_p5_r1"}
 
@@ -145,7 +145,7 @@ def quality_tables(m: Measured) -> dict:  # table -> rows
         "Fig. S4": v1({"w/o neg-penalty & rec-reward": "reward_unshaped", "with neg-penalty & rec-reward": "rft", "weight=2": "reward_weight2", "weight=5": "rft", "weight=8": "reward_weight8",
                        "threshold=0.8": "reward_threshold0.8", "threshold=1.7": "rft", "threshold=2.5": "reward_threshold2.5"}) + scale}
 
-# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c012
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c014
 def scenario(trace: dict) -> str:  # a row of Fig. 3
     "The scenario label of one keyframe."
     kinds = [(c["kind"], c["what"], c["state"]) for c in trace["components"]]
@@ -163,7 +163,7 @@ def figure3(traces) -> list:
     return [{"row": k, "arm": "world", "values": {"count": {"value": n[k]}}, "seeds": [], "stages": ["embedded"]}
             for k in ("cut-in & lead braking", "stop sign", "VRU", "construction zone", "others", "lane bias", "ego lane change")]
 
-# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c014
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c016
 def latency_tables(latency: dict, tier: str = "eager") -> dict:  # table -> rows; times belong to a device
     "Tables 4 and 5 in seconds, and both tiers with both lengths of reasoning."
     c, med = latency["config"], {k: float(np.median(v)) for k, v in latency["times"][tier].items()}
@@ -206,7 +206,7 @@ def count_rows(latency: dict) -> dict:
     rows = [{"row": f"{t}: {k}", "arm": "rft", "values": {"launches": {"value": v}}, "seeds": [], "stages": ["latency-spanvla"], "extra": True} for t, d in latency["counts"].items() for k, v in d.items()]
     return {"title": "Launching operations of a plan (ours)", "columns": ["launches"], "note": latency["config"]["device_note"], "rows": rows}
 
-# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c016
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c018
 def _least(*f: Callable) -> Callable: return lambda v: np.minimum.reduce([np.asarray(g(v)) for g in f])
 def _steps(*arms: str) -> Callable: return _least(*(difference(a, b) for a, b in zip(arms, arms[1:])))
 def _inner(low: str, mid: str, high: str) -> Callable: return _least(difference(mid, low), difference(mid, high))
@@ -224,7 +224,7 @@ SCORE_CLAIMS = {  # id -> (arms, statistic of their mean PDMS)
     "A-C11": (("rft", "reward_weight2", "reward_weight8", "reward_threshold0.8", "reward_threshold2.5"), _least(_inner("reward_weight2", "rft", "reward_weight8"), _inner("reward_threshold0.8", "rft", "reward_threshold2.5"))),
     "A-C12": (("rft", "bridge_sequential", "bridge_latent"), _steps("rft", "bridge_sequential", "bridge_latent"))}
 
-# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c018
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c020
 def _reasoning_effect(m: Measured) -> "tuple[Interval, int]":
     "A-C13: smaller of the relative fall of tokens and the fall of slow mode on simple scenes."
     v = {f"{k}{a}": m.reasoning[f"{k}/{a}"] for k in ("tokens", "slow") for a in ("sft", "rft")}
@@ -252,7 +252,7 @@ def _time_effect(latency: dict, claim: str, tier: str = "eager", draws: int = 20
     low, high = np.quantile(stat(np.median(x[:, at], -1)), [0.025, 0.975])
     return Interval(float(stat(np.median(x, 1))), float(low), float(high)), x.shape[1]
 
-
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c022
 def _effect(m: Measured, latency: "dict | None", claim: str) -> "tuple[Interval, int] | None":
     "Effect, interval and number of independent units; None where its arms were not run."
     if claim in SCORE_CLAIMS:
@@ -268,7 +268,7 @@ def _effect(m: Measured, latency: "dict | None", claim: str) -> "tuple[Interval,
         return _cure_effect(m) if enough else None
     raise KeyError(f"no rule for claim {claim!r}")
 
-# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c020
+# %% ../../nbs/80_evaluation/87_spanvla_tables.ipynb #c024
 def judge(m: Measured, latency: "dict | None", claims: list, profile: str) -> list:
     "Effect, interval and verdict of every claim that these results can decide."
     out = []

@@ -69,7 +69,7 @@ def a_row(m: Measured, row: str, arm: str, values: dict, extra: bool = False) ->
     seeds = m.details["seeds"].get(arm, [0])
     return {"row": row, "arm": arm, "values": values, "seeds": list(seeds), "stages": list(m.stages), **({"extra": True} if extra else {})}
 
-
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c009
 def table_t1(groups: "list[Measured]") -> list:
     "B-T1: accepted length, cost, planning error."
     rows = []
@@ -87,7 +87,7 @@ def table_t1(groups: "list[Measured]") -> list:
             rows.append(a_row(m, name if i == 0 else f"{m.name}: {NAMES[arm]}", arm, values, extra=not main))
     return rows
 
-
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c011
 def table_t2(m: Measured) -> list:
     "B-T2: attention of draft queries, and accepted length."
     rows = []
@@ -97,7 +97,7 @@ def table_t2(m: Measured) -> list:
         rows.append(a_row(m, name, arm, {**values, "tau": _cell(tau_interval(m, "val", arm), m, "val", arm)}, extra=arm not in ("mrope", "flatrope")))
     return rows
 
-
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c013
 def _taus(m, arm): return {f"tau_{s}": _cell(tau_interval(m, s, arm), m, s, arm) for s in ("val", "test")}
 
 
@@ -119,7 +119,7 @@ def table_t3(m: Measured) -> list:
         rows[0]["seeds"] = rows[next(i for i, r in enumerate(rows) if r["arm"] == "flatrope_aarl")]["seeds"]
     return rows
 
-
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c015
 def table_t4(m: Measured) -> list:
     "B-T4: block size; depth and head beside it."
     rows = []
@@ -131,7 +131,7 @@ def table_t4(m: Measured) -> list:
         rows.append(a_row(m, name, arm, values, extra=arm not in ("flatrope", "flatrope_block4", "flatrope_block16")))
     return rows
 
-
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c017
 def headline(m: Measured) -> list:
     "The paper's headline numbers."
     arm = best_arm(m)
@@ -146,7 +146,7 @@ def best_arm(m: Measured) -> str:
     "The arm of the paper's headline, or the SFT draft where AARL was not run."
     return "flatrope_aarl" if m.has("val", "flatrope_aarl") else "flatrope"
 
-# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c009
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c019
 P2 = {"vision": 3.43, "prefill": 16.54, "reasoning": 70.0, "trajectory": 8.75}   # Alpamayo-R1, Table 13 [ms], RTX 6000 Pro
 
 
@@ -182,7 +182,7 @@ def our_tables(groups: "list[Measured]") -> dict:
             "B-amdahl": dict(title="What Amdahl's law leaves of a faster reasoning step", columns=["end_to_end_x"], note="stage times of Alpamayo-R1, its Table 13", rows=ends),
             "B-proxies": dict(title="Nearest public numbers (P1, P3)", columns=["printed"], note="not the paper's", rows=[{"row": n, "arm": None, "values": {"printed": value(v)}, "extra": True} for n, v in proxy])}
 
-# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c011
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c021
 def _ratio(a: str, b: str): return lambda v: mean_of(a)(v) / mean_of(b)(v)
 
 
@@ -202,7 +202,7 @@ def _both_splits(m, a, b):
 
 def _safe_log(x): return np.log(np.maximum(x, 1e-9))
 
-
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c023
 def effects(m: Measured) -> dict:
     "Claim -> (interval or number, scenes, seeds, sentence); only claims whose arms were measured."
     out, aarl = {}, m.has("val", "flatrope_aarl")
@@ -240,7 +240,7 @@ def effects(m: Measured) -> dict:
         out["B-C10"] = (i, n("val"), seeds("flatrope", "replica"), f"against a replica that guesses the whole block, at a pass for each guess: {also:+.2f} tokens")
     return out
 
-
+# %% ../../nbs/80_evaluation/76_specdec_tables.ipynb #c025
 def verdicts(m: Measured, claims: list, profile: str) -> list:  # entries of results/<profile>/specdec/claims.json
     "Effects, intervals and verdicts."
     found, out = effects(m), []

@@ -183,7 +183,7 @@ def _load_pool(files: RFTFiles) -> tuple:
     model, pairs = load_model(Path(files.sft) / "model"), load_pairs(files.pairs) if files.pairs else None
     return rft_pool(model, load_windows(files.windows), np.load(files.features, mmap_mode="r"), files.caches, pairs, files.pair_caches)
 
-
+# %% ../../nbs/70_training/56_spanvla_rft.ipynb #c018
 def _run(settings, files: RFTFiles, name: str, warm: "str | None", seed: int, out: str, scratch: str, device: str, threads: int, first: bool) -> list:
     "One warm-up (`first`) or one arm; writes <out>/<name>.safetensors and returns the curves."
     set_threads(threads)
@@ -203,7 +203,7 @@ def _run(settings, files: RFTFiles, name: str, warm: "str | None", seed: int, ou
 
 def _key(a: Arm) -> tuple: return a.bridge or "actions", a.reward.get("version", "v1"), RECIPES[a.recipe][0]
 
-
+# %% ../../nbs/70_training/56_spanvla_rft.ipynb #c020
 @contextmanager
 def _pool(workers: int, threads: int):
     "Gives a function that maps `_run` over arguments, in this process or in several that stay for the next round."

@@ -121,7 +121,7 @@ class ModelConfig:
     tokenizer: "str | None" = None  # folder or name of a pretrained one; None: trained on the traces
     pretrained: bool = False        # load a named language model with its weights
 
-
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c013
 class SpanVLA(nn.Module):
     "The language model of both methods."
     def __init__(self, config: ModelConfig, tokenizer, codebook: Codebook, token_width: int, seed: int = 0, **build):
@@ -159,13 +159,13 @@ class SpanVLA(nn.Module):
         status, table = self.told(history), self.vlm.hf.get_input_embeddings()
         return lambda t: table(t) + (t == self.handover)[:, None] * status
 
-# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c013
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c015
 def make_codebook(config: ModelConfig, drives_path: Float[np.ndarray, "n t 3"], generator, most: int = 40000) -> Codebook:
     "K-disk on the segments of training drives."
     pieces = segments(drives_path.astype(float)).reshape(-1, 3)
     return k_disk(pieces[generator.permutation(len(pieces))[:most]], config.codebook, config.delta_m, generator)
 
-# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c016
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c018
 def answers_of(
     model: SpanVLA,
     drives: Drives,
@@ -212,7 +212,7 @@ def language_loss(
     out = {"language": (weight * nll).sum() / weight.sum()}
     return out | {"action": action_weight * (weight * nll)[act].sum() / weight[act].sum()} if bool(act.any()) else out
 
-# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c019
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c021
 @dataclass
 class Written:
     "Reasonings of a batch."
@@ -250,7 +250,7 @@ def written(self: SpanVLA, tokens, counts) -> Written:
     lists = [([t for t in l if t != self.end] + [self.handover]) if c else l for l, c in zip(lists, cut)]
     return Written(lists, [self.tokenizer.decode(l[:-1]) for l in lists], sum(cut))
 
-
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c023
 @patch
 @torch.no_grad()
 def hand_over(
@@ -278,7 +278,7 @@ def act(
     full, real = full.gather(1, order), real.gather(1, order)
     return self.vlm.generate(self.prefill(full, real, looks, history), self.config.waypoints + 2, (self.end,), pick, self.allow, self.on_token(history))
 
-# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c023
+# %% ../../../nbs/60_methods/spanvla/40_model.ipynb #c027
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

@@ -107,7 +107,7 @@ def reason_all(
     for k, i in enumerate(long.tolist()): said.tokens[i], said.texts[i] = again.tokens[k], again.texts[k]
     return Written(said.tokens, said.texts, said.cut - len(long) + again.cut)
 
-
+# %% ../../../nbs/60_methods/spanvla/60_planner.ipynb #c010
 @torch.inference_mode()
 def plan_drives(
     model: SpanVLA,
@@ -142,7 +142,7 @@ def decode_actions(model: SpanVLA, tokens: torch.Tensor, counts: torch.Tensor) -
     keep = counts.cpu().numpy() & (k >= 0) & (k < len(model.book))
     return to_path(model.book, [r[m].tolist() for r, m in zip(k, keep)], model.config.waypoints).astype(np.float32)
 
-# %% ../../../nbs/60_methods/spanvla/60_planner.ipynb #c011
+# %% ../../../nbs/60_methods/spanvla/60_planner.ipynb #c013
 @dataclass
 class SpanVLAPlanner:
     "A trained arm: `model` a folder of `save_model`, `bridge` one of `save_bridge`; without a bridge the model writes action tokens (AutoVLA)."

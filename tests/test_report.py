@@ -72,7 +72,7 @@ def site(tmp_path_factory):
 def test_site_is_whole(site):
     assert check_site(site) == []
     pages = {p.name for p in site.glob("*.html")}
-    assert pages == {"index.html", "spanvla.html", "specdec.html", "ikvla.html", "lastvla.html", "baselines.html", "real.html", "world.html"}
+    assert pages == {"index.html", "spanvla.html", "specdec.html", "ikvla.html", "lastvla.html", "baselines.html", "real.html", "world.html", "cross.html"}
     text = (site / "ikvla.html").read_text()
     for what in ("0.500", "[0.450, 0.560]", "dvc repro sft-ikvla@laptop-ik", "1.5 min", "700 MB", "a test machine",
                  "stale", "not reproduced", "inconclusive", "oracle &lt;next&gt; state"):

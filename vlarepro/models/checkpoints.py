@@ -104,7 +104,7 @@ def load_resume(
         tensors = read_tensors(path)
         with open(path, "rb") as f: head = json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]
         if head["tag"] != tag: raise ValueError(f"{path} belongs to other settings (tag {head['tag']}, this run {tag})")
-    except ValueError as e:
+    except (ValueError, KeyError) as e:
         warnings.warn(f"starting afresh, nothing is resumed: {e}", stacklevel=2)
         return 0, {}
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)

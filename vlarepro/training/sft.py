@@ -72,7 +72,8 @@ def sample_uniform(
     per = -(-words // 4) * 4           # Philox makes four words per counter
     bits = np.random.Philox(key=key_seed("sft-noise", seed))
     bits.advance(first * per // 4)
-    return ((bits.random_raw(count * per) >> 11) * 2.0 ** -53).reshape(count, per)[:, :words]
+    u = (bits.random_raw(count * per) >> 11) * 2.0 ** -53
+    return np.minimum(u, 1 - 2.0 ** -24).reshape(count, per)[:, :words]   # rounded to float32 a larger one would be 1, and its normal number infinite
 
 
 def normal(

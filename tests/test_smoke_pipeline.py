@@ -113,11 +113,11 @@ def test_prose_reruns_nothing(copy):
 def test_one_groups_settings_touch_that_group_alone(copy):
     path = copy / "configs" / "ikvla.yaml"
     config = yaml.safe_load(path.read_text())
-    group = json.loads(json.dumps(config["smoke"]["text"]))  # the blocks share their settings through YAML anchors: change one alone
+    group = json.loads(json.dumps(config["smoke"]["selfsup"]))  # the blocks share their settings through YAML anchors: change one alone
     group["settings"]["language"]["lr"] *= 2
-    config["smoke"]["text"] = group
+    config["smoke"]["selfsup"] = group
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    assert changed_stages(copy) == {"sft-ikvla@smoke-text", "evaluate-ikvla@smoke-text"}
+    assert changed_stages(copy) == {"sft-ikvla@smoke-selfsup", "evaluate-ikvla@smoke-selfsup"}
 
 
 def test_code_of_one_method_touches_its_stages_alone(copy):

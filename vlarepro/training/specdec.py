@@ -4,9 +4,13 @@
 
 # %% auto #0
 __all__ = ['Fit', 'SpecdecSettings', 'load_source', 'target_config', 'train_target', 'make_draft', 'train_drafts',
-           'train_replica', 'train_group', 'Trained']
+           'train_replica', 'Trained', 'parts', 'train_group']
 
 # %% ../../nbs/70_training/60_specdec.ipynb #c003
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import torch
 
 from ..core.params import strict
 from ..core.paths import atomic_write, write_json
-from ..core.seeds import key_seed, rng
+from ..core.seeds import key_seed, rng, set_threads
 from ..data.table import load_table
 from ..data.tokenizer import load_tokenizer, padded_size, save_tokenizer
 from ..methods.specdec.arms import ARMS, DraftsTask, ReplicaTask, draft_config, write_texts
@@ -116,58 +120,23 @@ def make_draft(s, arm: str, target: Target, written: np.ndarray, seed: int) -> R
                         frequent=counts.argsort(descending=True))
 
 
-def train_drafts(s, arms: list, target: Target, data: Traces, features, texts: dict, seed: int, out: Path, scratch: Path, device: str) -> list:
-    "All drafts of one seed."
+def train_drafts(s, arms: list, target: Target, data: Traces, features, texts: dict, seed: int, out: Path, resume: Path, device: str) -> list:
+    "Some drafts of one seed, side by side on the same batches."
     drafts = {a: make_draft(s, a, target, texts["text"], seed).to(device) for a in arms}
     task = DraftsTask(target, drafts, data, features, texts["rows"], texts["text"], texts["length"], s.anchors, s.gamma, s.drafts.batch)
-    history = sft(task, s.drafts.config(seed, device, task.groups), scratch / f"drafts-{seed}.safetensors", f"drafts, seed {seed}")
+    history = sft(task, s.drafts.config(seed, device, task.groups), resume, resume.stem)
     for a, d in drafts.items(): _save(out / f"seed-{seed}" / a, d, "draft", d.config, seed)
     return history
 
 
-def train_replica(s, target: Target, data: Traces, features, texts: dict, seed: int, out: Path, scratch: Path, device: str) -> list:
+def train_replica(s, target: Target, data: Traces, features, texts: dict, seed: int, out: Path, resume: Path, device: str) -> list:
     "The replica, on the same texts."
     config = target_config(s, features.shape[-1], target.tokenizer, s.replica_size)
     replica = Target(config, target.tokenizer, key_seed("specdec-replica", seed) % 2**31, device)
     task = ReplicaTask(replica, data, features, texts["rows"], texts["text"], texts["length"])
-    history = sft(task, s.replica.config(seed, device, task.groups), scratch / f"replica-{seed}.safetensors", f"replica, seed {seed}")
+    history = sft(task, s.replica.config(seed, device, task.groups), resume, resume.stem)
     _save(out / f"seed-{seed}" / "replica", replica, "replica", config, seed)
     return history
-
-# %% ../../nbs/70_training/60_specdec.ipynb #c012
-def train_group(
-    settings: SpecdecSettings,
-    source: dict,                # see `load_source`
-    arms: "dict[str, list]",     # arm, or "replica" -> seeds; arms of equal seeds are trained together
-    out: "str | Path",
-    scratch: "str | Path",       # resume files, outside what a pipeline empties
-    seed: int = 0,               # of the target
-    device: str = "cpu",
-) -> dict:                       # part -> loss history
-    "Train a target, let it write, train the drafts of every seed and the replica."
-    out, scratch = Path(out), Path(scratch)
-    scratch.mkdir(parents=True, exist_ok=True)
-    strange = [a for a in arms if a not in ARMS and a != "replica"]
-    if strange: raise KeyError(f"unknown arm {strange[0]!r}: one of {[*ARMS, 'replica']}")
-    traces, features, tokenizer = load_source(source, settings)
-    save_tokenizer(tokenizer, out / "tokenizer")
-    traces.save(out / "traces.npz")
-    train = traces.of("train")
-    target, history = train_target(settings, train, features, tokenizer, seed, out, scratch, device)
-    logs = {"target": history}
-    cache = scratch / "written.npz"
-    if not cache.exists():
-        rows = np.sort(rng("specdec-written", seed).permutation(len(train))[:settings.written])
-        text, length, plans = write_texts(target, train, features, rows, settings.longest)
-        with atomic_write(cache) as f: np.savez(f, rows=rows, text=text, length=length, plans=plans)
-    with np.load(cache) as z: texts = {k: z[k] for k in z.files}
-    with atomic_write(out / "written.npz") as f: np.savez(f, **texts)
-    for s in sorted({x for seeds in arms.values() for x in seeds}):
-        mine = [a for a in arms if s in arms[a] and a != "replica"]
-        if mine: logs[f"drafts-{s}"] = train_drafts(settings, mine, target, train, features, texts, s, out, scratch, device)
-        if s in arms.get("replica", []): logs[f"replica-{s}"] = train_replica(settings, target, train, features, texts, s, out, scratch, device)
-    write_json(out / "losses.json", {"settings": asdict(settings), "losses": logs})
-    return logs
 
 # %% ../../nbs/70_training/60_specdec.ipynb #c014
 @dataclass
@@ -208,3 +177,61 @@ def _load_target(folder: Path, tokenizer, device: str) -> Target:
     c = load_config(folder)["config"]
     target = Target(TargetConfig(**{**c, "layout": Layout(**c["layout"])}), tokenizer, device=device)
     return load_checkpoint(folder, target).to(device).eval().requires_grad_(False)
+
+# %% ../../nbs/70_training/60_specdec.ipynb #c012
+def parts(arms: "dict[str, list]") -> dict:  # name -> (seed, arms)
+    "What a process trains at a time: half of the drafts of a seed, or a replica."
+    out = {}
+    for s in sorted({x for seeds in arms.values() for x in seeds}):
+        mine = sorted(a for a in arms if s in arms[a] and a != "replica")
+        halves = [h for h in (mine[::2], mine[1::2]) if h]
+        out |= {f"drafts-{s}.{i}": (s, h) for i, h in enumerate(halves)}
+        if s in arms.get("replica", []): out[f"replica-{s}"] = (s, ["replica"])
+    return out
+
+
+def _part(settings, source, name, seed, arms, out, scratch, device, threads=None):
+    "Train a part from what the target has left in `out`."
+    if threads: set_threads(threads)
+    done = Trained.load(out, device)
+    features = toy_traces(**source["toy"], layout=settings.layout)[1] if "toy" in source else load_features(source["features"])
+    args = (done.target, done.traces.of("train"), features, done.texts, seed, out, scratch / f"{name}.safetensors", device)
+    return train_replica(settings, *args) if arms == ["replica"] else train_drafts(settings, arms, *args)
+
+
+def train_group(
+    settings: SpecdecSettings,
+    source: dict,                # see `load_source`
+    arms: "dict[str, list]",     # arm, or "replica" -> seeds
+    out: "str | Path",
+    scratch: "str | Path",       # resume files, outside what a pipeline empties
+    seed: int = 0,               # of the target
+    device: str = "cpu",
+    workers: int = 1,            # processes that share the parts; the target trains in this one
+    threads: "int | None" = None,  # of such a process; results depend on it (last bits), not on their number
+) -> dict:                       # part -> loss history
+    "Train a target, let it write, train the drafts of every seed and the replica."
+    out, scratch = Path(out), Path(scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    strange = [a for a in arms if a not in ARMS and a != "replica"]
+    if strange: raise KeyError(f"unknown arm {strange[0]!r}: one of {[*ARMS, 'replica']}")
+    traces, features, tokenizer = load_source(source, settings)
+    save_tokenizer(tokenizer, out / "tokenizer")
+    traces.save(out / "traces.npz")
+    train = traces.of("train")
+    target, history = train_target(settings, train, features, tokenizer, seed, out, scratch, device)
+    cache = scratch / "written.npz"
+    if not cache.exists():
+        rows = np.sort(rng("specdec-written", seed).permutation(len(train))[:settings.written])
+        text, length, plans = write_texts(target, train, features, rows, settings.longest)
+        with atomic_write(cache) as f: np.savez(f, rows=rows, text=text, length=length, plans=plans)
+    shutil.copyfile(cache, out / "written.npz")
+    jobs = [(settings, source, name, s, names, out, scratch, device) for name, (s, names) in parts(arms).items()]
+    if workers > 1:
+        os.environ["OMP_NUM_THREADS"] = str(threads or 1)
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            done = [f.result() for f in [pool.submit(_part, *j, threads or 1) for j in jobs]]
+    else: done = [_part(*j) for j in jobs]
+    logs = {"target": history} | {j[2]: h for j, h in zip(jobs, done)}
+    write_json(out / "losses.json", {"settings": asdict(settings), "losses": logs})
+    return logs

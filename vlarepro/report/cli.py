@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from .score_cli import add_commands
+
 # %% ../../nbs/90_report/90_cli.ipynb #c006
 _COLOR = {"reproduced": "green", "regenerated": "green", "not reproduced": "red", "inconclusive": "yellow", "partial": "yellow", "missing": "dim",
           "reference-only": "dim", "not run in this profile": "dim"}
@@ -245,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
     p = add("report", _report, "build the site and sum it up")
     p.add_argument("--out", help="where; default: report/ of the repository")
     p.add_argument("--summary", action="store_true", help="build nothing, print the summary")
+    add_commands(add)  # score, export
     return top
 
 

@@ -89,6 +89,21 @@ def test_installed_outside_a_clone(built, tmp_path):
     assert p.returncode == 2 and "did you mean 'smoke'" in p.stderr
 
 
+def test_a_world_and_a_score_outside_a_clone(built, tmp_path):
+    code = """
+from vlarepro.report.cli import main
+from vlarepro.world.generate import WorldSize, generate
+if __name__ == '__main__':
+    generate('world', WorldSize(0, 0, 1, 0), workers=1)
+    raise SystemExit(main(['score', '--planner', 'cv', '--world', 'world', '--only', 'openloop', '--json']))
+"""
+    p = python(code, tmp_path, built[0] / "site")
+    assert p.returncode == 0, p.stderr
+    said = json.loads(p.stdout)
+    assert [t["table"] for t in said["tables"]] == ["openloop", "strata", "minus_cv"] and set(said["tables"][2]["columns"]) >= {"UniAD_L2m_Avg"}
+    assert all(c["value"] == 0 for c in said["tables"][2]["rows"][0]["values"].values())
+
+
 def test_import_brings_no_torch_and_no_pipeline():
     heavy = ("torch", "transformers", "pandas", "matplotlib", *ABSENT)
     p = python(f"import vlarepro, vlarepro.core, vlarepro.scoring, vlarepro.data, sys; print([m for m in {heavy!r} if m in sys.modules])", root())

@@ -7,6 +7,7 @@ import pytest
 
 from vlarepro.evaluation.your_planner import PlannerError, Where, cache_files, hidden_future, load_planner, minidrive, score_planner
 from vlarepro.report.cli import main
+from vlarepro.scoring.pdm.scene import load_caches
 from vlarepro.world.generate import WorldSize, generate
 
 MINE = '''
@@ -112,13 +113,61 @@ def test_the_three_ways_to_name_a_planner(here, monkeypatch):
             load_planner(spec)
 
 
-@pytest.mark.parametrize("name, says", [("Short", r"returned shape \(32, 1, 5, 3\)"), ("Fails", "failed on a batch of 32 samples.*RuntimeError: out of memory"),
+@pytest.mark.parametrize("name, says", [("Short", r"returned shape \(1, 1, 5, 3\)"), ("Fails", "failed on a batch of 1 sample.*RuntimeError: out of memory"),
                                         ("Sick", "are not finite, first for sample")])
 def test_what_a_planner_answers_wrongly_is_named(here, capsys, name, says):
     rc = main(["score", "--planner", f"{here}/mine.py:{name}", "--world", str(here / "world"), "--only", "openloop"])
     err = capsys.readouterr().err
     assert rc == 2 and "Traceback" not in err
     assert re.search(says, err), err
+
+
+def official(c, version):
+    "The arrays that tools/navsim_cache_to_npz.py would write for this frame: world coordinates."
+    def moved(a):
+        a = np.array(a, float)
+        a[..., :2] += c.origin
+        return a
+    rings = lambda p, n: (moved(np.concatenate([p.ring(i) for i in range(n)])) if n else np.zeros((0, 2)), np.cumsum([0, *(len(p.ring(i)) for i in range(n))]),
+                          np.arange(n), np.zeros(n, bool))
+    t, r, red = c.tracks(version), c.reference(version), c.red_lights.active.shape[1]
+    out = dict(format="vlarepro-navsim-1", version=version, token=c.token, log=c.log, synthetic=False, time_us=c.time_us, ego=moved(c.ego),
+               past_time_us=c.past_time_us, past=moved(c.past), centerline=moved(c.centerline), human=c.human)
+    out |= {"reference.time_us": r.time_us, "reference.states": moved(r.states), "tracks.state": moved(t.state), "tracks.valid": t.valid}
+    out |= {"tracks.type": t.type, "tracks.id": np.array(t.id, str)}
+    out |= dict(zip(("polygons.xy", "polygons.start", "polygons.owner", "polygons.hole"), rings(c.polygons, len(c.polygons))))
+    out |= {"polygons.type": c.polygons.type, "polygons.on_route": c.polygons.on_route, "polygons.id": np.array(c.polygons.id, str)}
+    return out | dict(zip(("red.xy", "red.start", "red.owner", "red.hole"), rings(c.red_lights, red))) | {"red.active": c.red_lights.active}
+
+
+def test_real_roots_and_official_caches_give_the_same_scores(here, tmp_path, capsys):
+    "The world laid out as real data would be: tables by --root, logs by --navsim, filters by --configs, converted metric caches by --caches."
+    spec, world = f"{here}/mine.py:Straight", here / "world"
+    for c in load_caches(minidrive(world).caches):
+        for v in ("v1", "v2"): np.savez(tmp_path / f"{c.token}.{v}.npz", **official(c, v))
+    assert main(["score", "--planner", spec, "--world", str(world), "--json"]) == 0
+    want = json.loads(capsys.readouterr().out)
+    navsim = ["--navsim", str(world / "navsim"), "--configs", str(world / "navsim" / "train_test_split"), "--caches", str(tmp_path)]
+    assert main(["score", "--planner", spec, "--root", str(world), "--version", "v1.0-minidrive", *navsim, "--workers", "2", "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    for t in ("openloop", "navsim_v1_pdms"):
+        for row in ("Straight", "constant velocity"):
+            a, b = cells(want, t, row), cells(got, t, row)
+            assert {c: a[c]["value"] for c in a} == pytest.approx({c: b[c]["value"] for c in b}, abs=1e-3), (t, row)
+    a, b = cells(want, "navsim_v2_epdms", "PDM-Closed"), cells(got, "navsim_v2_epdms", "PDM-Closed")
+    assert {c: a[c]["value"] for c in a if c not in ("EC", "EPDMS")} == pytest.approx({c: b[c]["value"] for c in b if c not in ("EC", "EPDMS")}, abs=1e-3)
+    assert len(list((tmp_path / "joined").glob("*.npz"))) == 30
+
+
+def test_two_stage_splits_are_exported_and_not_scored(here, capsys):
+    spec, navsim = f"{here}/mine.py:Straight", str(here / "world" / "navsim")
+    assert main(["export", "--planner", spec, "--navsim", navsim, "--navsim-split", "navhard_two_stage", "--out", str(here / "two.npz"), "--json"]) == 0
+    n = json.loads(capsys.readouterr().out)
+    with np.load(here / "two.npz", allow_pickle=False) as z:
+        length = np.array([len(t) for t in z["token"]])
+        assert n["first_stage"] == 2 and n["second_stage"] >= 2 and set(length[z["stage"] == 1]) == {16} and set(length[z["stage"] == 2]) == {17}
+    assert main(["score", "--planner", spec, "--navsim", navsim, "--navsim-split", "navhard_two_stage", "--caches", str(here)]) == 2
+    assert "second stage" in capsys.readouterr().err
 
 
 def test_caches_of_another_world_are_refused(here, tmp_path):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'OURS', 'RULES', 'NAVSIM_RULES', 'PREDICTIONS_FORMAT', 'PlannerError', 'load_planner', 'hidden_future', 'ask',
-           'plan_samples', 'Where', 'cache_home', 'world_caches', 'minidrive', 'openloop_scores', 'openloop_tables',
-           'cache_files', 'navsim_reader', 'FrameScores', 'navsim_scores', 'frame_tables', 'difference_table',
-           'score_planner', 'export_predictions']
+           'plan_samples', 'Where', 'cache_home', 'world_caches', 'minidrive', 'nuscenes_reader', 'openloop_scores',
+           'openloop_tables', 'cache_files', 'navsim_reader', 'FrameScores', 'navsim_scores', 'frame_tables',
+           'difference_table', 'score_planner', 'export_predictions']
 
 # %% ../../nbs/80_evaluation/89_your_planner.ipynb #c003
 import hashlib
@@ -126,7 +126,7 @@ def ask(
 ) -> Float[np.ndarray, "b t 3"]:   # float64
     "One plan a sample, checked."
     who = f"planner {type(planner).__name__}"
-    here = f"on a batch of {len(batch)} samples (first: {batch.token[0]})"
+    here = f"on a batch of {len(batch)} sample{'s' * (len(batch) > 1)} (first: {batch.token[0]})"
     try: plan = planner.plan(batch, n_samples=1, generator=generator)
     except Exception as e:
         hint = ": no images were read; give the planner a class attribute image_frames = 1 (or 2, ...)" if batch.images is None and isinstance(e, (TypeError, AttributeError)) and "NoneType" in str(e) else ""
@@ -210,13 +210,15 @@ def world_caches(
 
 def minidrive(
     world: "str | Path",                # a minidrive data set
-    caches: "str | Path | None" = None,  # of its test frames; None: as `world_caches`
+    caches: "str | Path | None" = None,  # of the NAVSIM split's frames; None: as `world_caches`
     drives: "int | None" = None,
     workers: int = 1,
+    split: str = "val",                 # of the nuScenes tables
+    navsim_split: str = "navtest",
 ) -> Where:
     "A world of the embedded benchmark, all parts."
     if not (Path(world) / VERSION / "minidrive.json").is_file(): raise FileNotFoundError(f"{world} is no finished minidrive world: {VERSION}/minidrive.json is missing. Make one with `vlarepro world make`")
-    return Where(str(world), navsim=str(Path(world) / "navsim"), caches=str(world_caches(world, "navtest", drives, caches, workers)), drives=drives)
+    return Where(str(world), split=split, navsim=str(Path(world) / "navsim"), navsim_split=navsim_split, caches=str(world_caches(world, navsim_split, drives, caches, workers)), drives=drives)
 
 # %% ../../nbs/80_evaluation/89_your_planner.ipynb #c019
 OURS = "planner"                                                                    # the arm that is scored
@@ -234,13 +236,19 @@ def _wants(planner: Planner) -> dict:
 def _images(planner: Planner) -> bool: return getattr(planner, "image_frames", 0) > 0
 
 
+def nuscenes_reader(where: Where, planner: Planner) -> NuScenesReader:
+    "The keyframes of a nuScenes split, with the images that the planner asks for."
+    return NuScenesReader(where.nuscenes, where.version, split=where.split, **_wants(planner))
+
+
 def openloop_scores(
     planner: Planner,
     where: Where,
     seed: int = 0,
+    reader: "NuScenesReader | None" = None,   # None: as `nuscenes_reader`
 ) -> "tuple[ArmScores, SampleTable, dict]":   # scores of all arms, the samples, why a rule is missing
     "Plans and scores of a planner and of the rules in both nuScenes protocols."
-    reader = NuScenesReader(where.nuscenes, where.version, split=where.split, **_wants(planner))
+    reader = reader or nuscenes_reader(where, planner)
     table = build_table(reader)
     if where.drives: table = table.select(np.isin(table["scene"], spread(list(dict.fromkeys(table["scene"].tolist())), where.drives)))
     ask_for = lambda p, images: plan_samples(p, (reader.sample(t, images=images) for t in table["token"].tolist()), len(table), STEPS["openloop"], seed)
@@ -309,10 +317,11 @@ def navsim_scores(
     where: Where,
     seed: int = 0,
     workers: int = 1,    # processes of the scorer
+    reader: "tuple | None" = None,  # of `navsim_reader`
 ) -> FrameScores:
     "PDMS and EPDMS of a planner and of the rules."
     if where.caches is None: raise ValueError("NAVSIM's scores need scene caches: name their folder (--caches); tools/navsim_cache_to_npz.py writes it in your navsim environment")
-    reader, tokens = navsim_reader(where, planner)
+    reader, tokens = reader or navsim_reader(where, planner)
     if len(tokens) != len(set(tokens) & set(reader.tokens_stage_one)): raise ValueError(f"split {where.navsim_split!r} has a second stage, which is not scored here: take a one-stage split such as navtest, or export the predictions (vlarepro export) and score them with NAVSIM's own script")
     files = cache_files(where.caches, tokens)
     plan = plan_samples(planner, (reader.sample(t, images=_images(planner)) for t in tokens), len(tokens), STEPS["navsim"], seed)
@@ -353,6 +362,11 @@ def difference_table(name: str, openloop: "ArmScores | None", frames: "FrameScor
             "note": "an interval without 0 is a difference", "rows": [{"row": name, "arm": OURS, "values": values}]}
 
 
+def _probe(planner: Planner, reader, tokens: list, steps: int):
+    "Ask for one sample, so that a wrong answer is seen before the long work."
+    if tokens: ask(planner, collate([hidden_future(reader.sample(tokens[0], images=_images(planner)), steps)]), steps, torch_rng("score-probe"))
+
+
 def score_planner(
     planner: Planner,
     where: Where,
@@ -363,11 +377,15 @@ def score_planner(
     "Score a planner under every protocol that the data allow."
     if where.nuscenes is None and where.navsim is None: raise ValueError("nothing to score on: name a minidrive world, a nuScenes root or a NAVSIM root")
     name, tables, openloop, frames, absent = name or type(planner).__name__, [], None, None, {}
+    keyframes = nuscenes_reader(where, planner) if where.nuscenes is not None else None
+    windows = navsim_reader(where, planner) if where.navsim is not None else None
+    if keyframes is not None: _probe(planner, keyframes, keyframes.anchors[:1], STEPS["openloop"])
+    if windows is not None: _probe(planner, *windows, STEPS["navsim"])
     if where.nuscenes is not None:
-        openloop, table, absent = openloop_scores(planner, where, seed)
+        openloop, table, absent = openloop_scores(planner, where, seed, keyframes)
         tables += openloop_tables(openloop, name, f"{len(table)} samples of {len(np.unique(table['scene']))} scenes of {where.split} of {where.version}; intervals resample scenes")
     if where.navsim is not None:
-        frames = navsim_scores(planner, where, seed, workers)
+        frames = navsim_scores(planner, where, seed, workers, windows)
         tables += frame_tables(frames, name, where.navsim_split)
     if (last := difference_table(name, openloop, frames))["rows"][0]["values"]: tables.append(last)
     return rounded({"planner": name, "seed": seed, "data": asdict(where), "absent": absent, "tables": [{"paper": "yours", **t} for t in tables], "provenance": provenance("score", [seed])})

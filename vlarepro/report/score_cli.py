@@ -42,14 +42,15 @@ def where_of(a):  # parsed arguments -> evaluation.your_planner.Where
     from vlarepro.evaluation.your_planner import Where, minidrive
     real = a.root or a.navsim
     if real and a.world: raise ValueError("--world is a minidrive world, --root and --navsim are real data: give one of the two")
+    if a.version and not a.root: raise ValueError("--version names the tables below --root: a minidrive world has one version")
     parts = {"both": ("nuscenes", "navsim"), "openloop": ("nuscenes",), "navsim": ("navsim",)}[a.only]
     if real:
-        w = Where(a.root, a.version, a.split, a.navsim, a.navsim_split, a.configs, a.caches, a.drives)
+        w = Where(a.root, a.version or "v1.0-trainval", a.split, a.navsim, a.navsim_split, a.configs, a.caches, a.drives)
     else:
         world, caches = (Path(a.world), None) if a.world else _profile_world()
-        caches = a.caches or (caches if caches is not None and caches.is_dir() else None)
-        if "navsim" in parts: w = minidrive(world, caches, a.drives, a.workers)
-        else: w = Where(str(world), drives=a.drives)
+        caches = a.caches or (caches if caches is not None and caches.is_dir() and a.navsim_split == "navtest" else None)   # the pipeline caches that split
+        if "navsim" in parts: w = minidrive(world, caches, a.drives, a.workers, a.split, a.navsim_split)
+        else: w = Where(str(world), split=a.split, drives=a.drives)
     return Where(**{**vars(w), **{p: None for p in ("nuscenes", "navsim") if p not in parts}})
 
 # %% ../../nbs/90_report/70_score_cli.ipynb #c009
@@ -128,8 +129,8 @@ def add_commands(
             p.add_argument("--out", required=True, metavar="FILE", help="an .npz file")
             continue
         p.add_argument("--root", metavar="DIR", help="real nuScenes data: the folder of the tables' folder")
-        p.add_argument("--version", default="v1.0-trainval", help="with --root: the tables' folder; default: v1.0-trainval")
-        p.add_argument("--split", default="val", help="with --root: the split; default: val")
+        p.add_argument("--version", help="with --root: the tables' folder; default: v1.0-trainval")
+        p.add_argument("--split", default="val", help="of the nuScenes tables; default: val")
         p.add_argument("--caches", metavar="DIR", help="scene caches of the NAVSIM split: <token>.npz, or what tools/navsim_cache_to_npz.py wrote; minidrive's are simulated and kept when absent")
         p.add_argument("--only", choices=("both", "openloop", "navsim"), default="both", help="score one part alone")
         p.add_argument("--name", help="the row's name; default: the class")

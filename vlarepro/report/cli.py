@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from .score_cli import add_commands
+
 # %% ../../nbs/90_report/90_cli.ipynb #c006
 _COLOR = {"reproduced": "green", "regenerated": "green", "not reproduced": "red", "inconclusive": "yellow", "partial": "yellow", "missing": "dim",
           "reference-only": "dim", "not run in this profile": "dim"}
@@ -59,14 +61,25 @@ def _world_root(given: "str | None") -> Path:
     return root() / profile_params(load_params()["active"][0])["data"]["root"]
 
 
+def _library_world(profile: str) -> dict:
+    "The world of a profile where there is no params.yaml; a test holds the two equal."
+    from dataclasses import asdict
+
+    from vlarepro.core.params import nearest
+    from vlarepro.world.generate import SIZES
+    if profile not in SIZES: raise KeyError(f"unknown size {profile!r}: {nearest(profile, SIZES)}")
+    return {"scenes": asdict(SIZES[profile]), "seed": 0, "image_size": [256, 128] if profile == "gpu" else [128, 64]}
+
+
 def _make_world(a) -> int:
     "Make a world, or go on making it."
     import os
 
     from vlarepro.core.params import profile_params
     from vlarepro.core.paths import root
+    from vlarepro.report.doctor import clone
     from vlarepro.world.generate import Unfinished, generate
-    world = profile_params(a.profile)["world"]
+    world = profile_params(a.profile)["world"] if clone() else _library_world(a.profile)
     where = Path(a.dir) if a.dir else root() / "build" / a.profile
     try: card = generate(where, dict(world["scenes"]), world["seed"] if a.seed is None else a.seed, a.workers or os.cpu_count(), tuple(world["image_size"]), a.minutes)
     except Unfinished as e:
@@ -245,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
     p = add("report", _report, "build the site and sum it up")
     p.add_argument("--out", help="where; default: report/ of the repository")
     p.add_argument("--summary", action="store_true", help="build nothing, print the summary")
+    add_commands(add)  # score, export
     return top
 
 
@@ -257,6 +271,7 @@ def main(
     try: return a.run(a) or 0
     except (FileNotFoundError, NotADirectoryError, KeyError, ValueError, ImportError) as e:
         text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+        if isinstance(e, ModuleNotFoundError): text = f"this needs {e.name}, which is not installed: `make install` in a clone, or pip install 'vlarepro[pipeline]'; `vlarepro doctor` lists what is missing"
         if a.json: print(json.dumps({"error": text}))
         else: print(f"error: {text}", file=sys.stderr)
         return 2

@@ -31,6 +31,9 @@ def _several(function, first: int, items: list) -> list:
     return out
 
 
+def _name(part) -> str: return f"{part[0]}{f' to {part[0] + len(part[1]) - 1}' if len(part[1]) > 1 else ''}: {str(part[1][0])[:200]}"
+
+
 def _processes(function, parts: list, workers: int, retries: int, threads: int):
     "Yield (number of the part, results) as they come, from a pool that is made anew when a worker dies."
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -43,15 +46,16 @@ def _processes(function, parts: list, workers: int, retries: int, threads: int):
             while (queue or flying) and not broken:
                 while queue and len(flying) < (1 if alone else 2 * workers):
                     k = queue.popleft()
-                    flying[pool.submit(_several, function, *parts[k])] = k
-                done, _ = wait(flying, return_when=FIRST_COMPLETED)
+                    try: flying[pool.submit(_several, function, *parts[k])] = k
+                    except BrokenProcessPool: queue.appendleft(k); broken = True; break   # a worker died between two tasks: nobody's item
+                done = wait(flying, return_when=FIRST_COMPLETED).done if flying else ()
                 for f in done:
                     k = flying.pop(f)
                     try: yield k, f.result()
                     except BrokenProcessPool as e:
                         broken = True
                         if alone: deaths[k] += 1
-                        if deaths[k] > retries: raise RuntimeError(f"the worker died {deaths[k]} times over item {parts[k][0]} (and the {len(parts[k][1]) - 1} after it): {str(parts[k][1][0])[:200]}. Killed for memory? Give fewer workers") from e
+                        if deaths[k] > retries: raise RuntimeError(f"the worker died {deaths[k]} times over item {_name(parts[k])}. Killed for memory? Give fewer workers") from e
                         suspects.append(k)
             suspects.extend(flying.values())
 
@@ -74,7 +78,7 @@ def _ray(function, parts: list, workers: int, retries: int, address: "str | None
                 k = flying.pop(ref)
                 try: yield k, ray.get(ref)
                 except ray.exceptions.RayTaskError as e: raise e.as_instanceof_cause() from None
-                except ray.exceptions.RayError as e: raise RuntimeError(f"Ray lost item {parts[k][0]} {retries + 1} times ({type(e).__name__}): {str(parts[k][1][0])[:200]}") from e
+                except ray.exceptions.RayError as e: raise RuntimeError(f"Ray lost its worker {retries + 1} times over item {_name(parts[k])} ({type(e).__name__})") from e
     finally:
         if mine: ray.shutdown()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'QWEN_ROWS', 'QWEN_TOKENS', 'SAYS', 'METHODS', 'NOT_ESTIMATED', 'Card', 'Assumed', 'card', 'Job',
-           'encoder_tokens', 'ikvla_jobs', 'spanvla_jobs', 'lastvla_jobs', 'specdec_jobs', 'ranks_for', 'Laid',
-           'memory_parts', 'step_time', 'lay', 'profile_jobs', 'plan', 'by_stage', 'against_records']
+           'cache_bytes', 'encoder_tokens', 'ikvla_jobs', 'spanvla_jobs', 'lastvla_jobs', 'specdec_jobs', 'ranks_for',
+           'Laid', 'memory_parts', 'step_time', 'lay', 'profile_jobs', 'plan', 'by_stage', 'against_records']
 
 # %% ../../nbs/80_evaluation/95_plan.ipynb #c003
 import math
@@ -17,13 +17,12 @@ import torch
 
 from ..core.params import load_config, load_params, nearest, strict
 from ..data.tokenizer import base_corpus, train_tokenizer
-from ..methods.ikvla.arms import RUNS, arm as ikvla_arm, head_key
+from ..methods.ikvla.arms import RUNS
 from ..methods.ikvla.model import HFTokenizer
 from ..methods.ikvla.planner import make_head, make_llm, make_tokenizer, run_config
 from ..methods.ikvla.tasks import DirectTask, HeadTask, LanguageTask, synthetic_drives
 from ..methods.lastvla.arms import arm as last_arm, phases
 from ..methods.lastvla.model import LaSTVLA, make_tokenizer as last_tokenizer
-from ..methods.lastvla.sequence import LATENT_TOKENS
 from ..methods.lastvla.tasks import LaSTTask, planning_prompts, question_prompts, synthetic_data
 from ..methods.spanvla.answers import make_tokenizer as span_tokenizer
 from ..methods.spanvla.arms import arm as span_arm, warmups
@@ -36,8 +35,7 @@ from ..methods.specdec.draft import RoutineDraft
 from ..methods.specdec.prompt import toy_traces
 from ..methods.specdec.target import Target, TargetTask
 from ..models.backbones import LLM_SIZES, VIT_SIZES
-from ..models.vlm import VLM_SIZES
-from ..training.footprint import Footprint, footprint, immovable, kv_bytes, modules_of, quantised_bytes, weightless
+from ..training.footprint import Footprint, footprint, immovable, kv_bytes, modules_of, weightless
 from ..training.ikvla import IKVLASettings, jobs
 from ..training.ikvla_grpo import GRPOSettings, IKPolicy, TextPolicy
 from ..training.lastvla import LaSTSettings, joint_phase, model_config
@@ -97,7 +95,6 @@ class Job:
     reference: bool = False
     imitate: bool = False
     draws: int = 0        # forward passes one after the other that drawing an answer takes
-    length: int = 0       # tokens of prompt and answer, where keys and values are kept
     cached: bool = False  # its loss reads a cache of keys and values, which layers that are recomputed cannot fill
 
     def task(self):
@@ -116,6 +113,15 @@ class _Reinforced:
         path = torch.zeros(m, s + 1, *self.policy.shape) if self.chain else torch.zeros(m, s, dtype=torch.long) + 7
         r = Rollout(torch.as_tensor(rows), self.group, path, torch.ones(m, s, dtype=torch.bool), torch.ones(s), None)
         return {"rl": self.policy.logp(self.policy.module, r).mean()}
+
+
+def cache_bytes(task, rows: int, bf16: bool) -> int:
+    "Keys and values that drawing the answers of some rows keeps; 0 for what writes no tokens."
+    p = getattr(task, "policy", None)
+    ids = next((x for x in (getattr(p, "ids", None), getattr(getattr(p, "drives", None), "ids", None), getattr(getattr(p, "prompts", None), "prompt", None)) if x is not None), None)
+    if ids is None: return 0
+    config = next(m.config for m in p.module.modules() if hasattr(getattr(m, "config", None), "num_key_value_heads"))
+    return kv_bytes(config, ids.shape[1] + task.draws, rows, 2 if bf16 else 4)
 
 
 class _Sized:
@@ -245,7 +251,7 @@ def spanvla_jobs(profile: str) -> list:
         if steps:
             draws = r.most_reasoning + (0 if bridge else m.waypoints + 2)
             out.append(Job(f"rft-spanvla@{profile}", f"{len(arms)} arms, {part}", lambda b=bridge: rft(b), steps, g["batch"], seeds, g.get("bf16", False), group=g["group"], chunk=g.get("chunk", 0),
-                           updates=g.get("updates", 1), reference=bool(g["beta"]), draws=draws, length=data()[0].ids.shape[1] + draws))
+                           updates=g.get("updates", 1), reference=bool(g["beta"]), draws=draws))
     return out
 
 
@@ -351,11 +357,11 @@ class Laid:
     bound: str          # what the step waits for: arithmetic, launches, exchange or drawing
 
 
-def memory_parts(f: Footprint, job: Job, ranks: int, sharded: bool) -> dict:
+def memory_parts(f: Footprint, job: Job, ranks: int, sharded: bool, cache: int = 0) -> dict:
     "Bytes a card holds: sharded, its part of the transformer layers and all of the rest. A reinforced run has a second copy of the weights, its reference."
     saved = (1 - 1 / ranks) if sharded else 0.0
     trained = f.trained_bytes - saved * f.trained_layer_bytes
-    return {"weights": (f.weight_bytes - saved * f.layer_bytes) * (2 if job.updates else 1), "gradients": trained, "optimiser": trained * (2 + job.ema), "work": f.work_bytes}
+    return {"weights": (f.weight_bytes - saved * f.layer_bytes) * (2 if job.updates else 1), "gradients": trained, "optimiser": trained * (2 + job.ema), "work": max(f.work_bytes, cache)}
 
 
 def step_time(f: Footprint, job: Job, c: Card, a: Assumed, ranks: int, accumulate: int, sharded: bool) -> dict:  # part -> seconds
@@ -387,7 +393,7 @@ def lay(job: Job, cards: int, c: Card, a: Assumed = Assumed(), count=None) -> La
         if share % micro: continue
         try: f = counted(micro, again)
         except ValueError: continue                                                    # no layers to recompute
-        parts = memory_parts(f, job, ranks, how != "each holds all")
+        parts = memory_parts(f, job, ranks, how != "each holds all", cache_bytes(task, micro * job.group, job.bf16))
         memory, k = sum(parts.values()), share // micro
         best = how, micro, again, f, parts, memory, k
         if memory <= c.memory * (1 - a.free): break
@@ -403,7 +409,7 @@ def profile_jobs(profile: str, methods: "list | None" = None) -> list:
     "Every training job of a profile that is counted; those of zero steps are left out."
     known = load_params()["profiles"]
     if profile not in known or profile == "real": raise KeyError(f"no training in profile {profile!r}: {nearest(profile, [p for p in known if p != 'real'])}")
-    for m in methods or (): 
+    for m in methods or ():
         if m not in METHODS: raise KeyError(f"unknown method {m!r}: {nearest(m, METHODS)}")
     return [j for m, f in METHODS.items() if not methods or m in methods for j in f(profile) if j.steps]
 

@@ -6,6 +6,7 @@
 __all__ = ['called_layers', 'divided', 'average_gradients', 'clip_gradients', 'save_sharded', 'load_sharded', 'sft_sharded']
 
 # %% ../../nbs/70_training/66_sharded.ipynb #c003
+import copy
 import hashlib
 import shutil
 import time
@@ -43,32 +44,28 @@ def called_layers(task: Task, bf16: bool = False, device: str = "cpu") -> list:
     return [m for m in layers if m in seen]
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-
-
 @contextmanager
-def divided(layers: list, groups: dict, device: str = "cpu"):
-    "Divide layers among all ranks and put their slices into the groups; afterwards the same modules hold whole parameters again."
-    if not layers: yield; return
-    spots = [(x, n) for m in layers for x in m.modules() for n, _ in x.named_parameters(recurse=False)]
-    before = [(m, type(m), set(vars(m)), {h: dict(getattr(m, h)) for h in _HOOKS}) for m in layers]
-    old = [getattr(x, n) for x, n in spots]
-    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-    for m in layers: fully_shard(m, mesh=mesh, reshard_after_forward=True)
-    _exchange(groups, old, [getattr(x, n) for x, n in spots])
-    del old                                                        # nobody holds the whole parameters now
-    yield
-    for m in layers: m.reshard()
-    slices = [getattr(x, n) for x, n in spots]
-    for x, n in spots: setattr(x, n, nn.Parameter(getattr(x, n).full_tensor().detach(), getattr(x, n).requires_grad))
-    for m, cls, names, hooks in before:
-        m.__class__ = cls
-        for k in set(vars(m)) - names: del vars(m)[k]
-        for h, d in hooks.items(): getattr(m, h).clear(); getattr(m, h).update(d)
-    _exchange(groups, slices, [getattr(x, n) for x, n in spots])
+def divided(module: nn.Module, layers: list, groups: dict, device: str = "cpu"):
+    "Put divided copies in the place of some layers of a module, and their slices into the groups; afterwards the layers are back, with what was learned. Yields the copies."
+    if not layers: yield []; return
+    place = {id(c): (m, n) for m in module.modules() for n, c in m._modules.items()}
+    mesh, copies = init_device_mesh(torch.device(device).type, (dist.get_world_size(),)), []
+    for layer in layers:
+        twin = fully_shard(copy.deepcopy(layer), mesh=mesh, reshard_after_forward=True)
+        _exchange(groups, layer.parameters(), twin.parameters())
+        for p in layer.parameters(): p.data = p.data.new_empty(0)     # the slices are all that is kept
+        parent, name = place[id(layer)]
+        parent._modules[name] = twin
+        copies.append((layer, twin, parent, name))
+    yield [twin for _, twin, _, _ in copies]
+    for layer, twin, parent, name in copies:
+        twin.reshard()
+        for p, q in zip(layer.parameters(), twin.parameters()): p.data = q.detach().full_tensor()
+        _exchange(groups, twin.parameters(), layer.parameters())
+        parent._modules[name] = layer
 
 
-def _exchange(groups: dict, old: list, new: list):
+def _exchange(groups: dict, old, new):
     "Put other parameters into a task's lists."
     into = {id(o): n for o, n in zip(old, new)}
     for ps in groups.values(): ps[:] = [into.get(id(p), p) for p in ps]
@@ -190,11 +187,11 @@ def sft_sharded(
     tag = hashlib.sha256(repr((asdict(config), task.n, task.words, shapes)).encode()).hexdigest()[:16]
     order = {k: [(names[id(p)], p.requires_grad) for p in ps] for k, ps in task.groups.items()}
     if rank == 0 and world > 1: log(f"  {desc}: {world} ranks, {len(layers)} layers divided, {accumulate} pieces of {config.batch // world // accumulate}")
-    with divided(layers, task.groups, config.device):
+    with divided(task.module, layers, task.groups, config.device) as twins:
         trained = {n: p for k, ps in task.groups.items() for (n, train), p in zip(order[k], ps) if train}
         kinds = [d for d in (False, True) if any(isinstance(p, DTensor) == d for p in trained.values())]        # an optimiser's list is of one kind
         optimisers = [make_optimiser({k: [p for p in ps if isinstance(p, DTensor) == d] for k, ps in task.groups.items()}, config) for d in kinds]
-        history = _loop(task, config, task.groups, trained, optimisers, layers, (rank, world, accumulate), resume, desc, save_every_s, stop_at, tag)
+        history = _loop(task, config, task.groups, trained, optimisers, twins, (rank, world, accumulate), resume, desc, save_every_s, stop_at, tag)
     if recompute: checkpoint_layers(task.module, False)
     task.module.eval()
     return history

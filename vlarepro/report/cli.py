@@ -178,6 +178,22 @@ def _claims(a) -> int:
     return 0
 
 # %% ../../nbs/90_report/90_cli.ipynb #c009
+def _plan(a) -> int:
+    "Memory and time of every training stage on given cards."
+    from vlarepro.core.progress import log
+    from vlarepro.evaluation.plan import NOT_ESTIMATED, Assumed, by_stage, plan
+    assumed = Assumed(a.utilisation)
+    rows = plan(a.profile, a.gpus, a.card, [a.method] if a.method else None, assumed, None if a.json else lambda j: log(f"counting {j.stage} {j.part}"))
+    stages = by_stage(rows)
+    if a.json: return _json({"profile": a.profile, "cards": a.gpus, "card": a.card, "assumed": vars(assumed), "stages": stages, "jobs": rows, "not estimated": NOT_ESTIMATED})
+    _table(f"Profile {a.profile} on {a.gpus} x {a.card}, {assumed.utilisation:.0%} of the peak rate, {1e6 * assumed.launch_s:.0f} us a kernel (both stated, not measured)",
+           ["stage", "part", "runs", "steps", "batch", "cards", "how", "at a time", "GB a card", "trained", "s a step", "waits for", "hours"],
+           [(r["stage"], r["part"], r["runs"], r["steps"], r["batch"], r["cards"], r["how"], f"{r['at a time']} x {r['accumulate']}", f"{r['memory_gb']:.1f}", f"{r['trained'] / 1e6:.1f} M", f"{r['step_s']:.3g}", r["bound"], f"{r['hours']:.2f}") for r in rows])
+    _table("By stage", ["stage", "runs", "GB a card", "hours", "card hours", "fits"], [(s["stage"], s["jobs"], f"{s['memory_gb']:.1f}", f"{s['hours']:.1f}", f"{s['card_hours']:.0f}", "yes" if s["fits"] else "no") for s in stages])
+    print(f"{sum(s['hours'] for s in stages):.0f} hours one after the other, {sum(s['card_hours'] for s in stages):.0f} card hours. Not estimated: {'; '.join(NOT_ESTIMATED)}.")
+    return 0
+
+
 def _deps(a) -> int:
     from vlarepro.core.deps import code_hash, fingerprint, write_fingerprints
     from vlarepro.core.paths import root
@@ -253,6 +269,12 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--profile", help="smoke, laptop, gpu, paper or real; default: the one that has most")
         p.add_argument("--paper", help="spanvla, specdec, ikvla or lastvla; default: all")
         if name == "tables": p.add_argument("--all", action="store_true", help="show reference-only tables too")
+    p = add("plan", _plan, "estimate memory and time of every training stage on given cards")
+    p.add_argument("--profile", default="paper", help="smoke, laptop, gpu or paper; default: paper")
+    p.add_argument("--gpus", type=int, default=8, help="cards; default: 8")
+    p.add_argument("--card", default="h100-80", help="a100-80, h100-80 or h200; default: h100-80")
+    p.add_argument("--method", help="ikvla, spanvla, specdec or lastvla; default: all")
+    p.add_argument("--utilisation", type=float, default=0.4, help="share of the peak rate that is reached; default: 0.4")
     p = add("deps", _deps, "show the code version of every run-notebook")
     p.add_argument("--write", action="store_true", help="write the fingerprints that the pipeline depends on (build/code)")
     p = add("report", _report, "build the site and sum it up")

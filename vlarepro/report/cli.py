@@ -36,16 +36,50 @@ def _json(obj) -> int:
 
 # %% ../../nbs/90_report/90_cli.ipynb #c007
 def _doctor(a) -> int:
+    from vlarepro.data.real_sets import places
+    from vlarepro.report.data import find
     from vlarepro.report.doctor import examine
     d = examine()
+    d["real"] = find(places("paper"))
     if a.json: _json(d)
     else:
         _table(f"Python {d['python']}, {d['platform']}, attention {d['attention']}, {d['disk_free_gb']} GB free", ["package", "version"], list(d["packages"].items()))
         _table("Devices", ["device", "memory [GB]"], [(x["device"], x["memory_gb"]) for x in d["devices"]])
         _table("Optional", ["part", "version", "how to get it", "without it"], [(x["package"], x["version"], x["how"], x["without"] if x["version"] is None else "") for x in d["optional"]])
         _table("Data", ["what", "path", "found"], [(x["what"], x["path"], "yes" if x["found"] else "no") for x in d["data"]])
+        _parts(d["real"], "Real data (profile paper)")
         for p in d["problems"]: print(f"problem: {p}", file=sys.stderr)
     return 1 if d["problems"] else 0
+
+
+def _parts(rows: list, title: str):
+    "Parts of the real sets; what is missing says where it is obtained."
+    _table(title, ["set", "part", "", "have", "of", "missing: where it is obtained", "licence"],
+           [(r["set"], r["part"], r["state"], r["have"], r["of"] or None, "" if r["state"] == "found" else ". ".join(x for x in (r["detail"], r["where"]) if x), r["licence"]) for r in rows])
+
+
+def _data(a) -> int:
+    "What of the real sets is here; `check` opens samples."
+    from vlarepro.data.real_sets import places
+    from vlarepro.report.data import check, find, weights
+    if a.weights:
+        rows = weights()
+        if a.json: return _json(rows)
+        _table("Published weights", ["name", "on the Hugging Face hub", "revision", "licence", "parameters", "papers", "here"],
+               [(w["name"] + ("" if w["loads"] else " *"), w["repo"], (w["revision"] or "not fixed")[:8], w["licence"], f"{w['parameters']:,}" if w["parameters"] else None, ", ".join(w["papers"]), w["state"]) for w in rows])
+        print("* named by a paper, not loaded by this code")
+        return 0 if all(w["state"] == "found" for w in rows if w["loads"]) else 1
+    where = places(a.profile, a.root, a.version, a.navsim, a.caches)
+    rows, done = find(where), check(where, a.samples, a.logs or None) if a.action == "check" else {}
+    faults = [f for d in done.values() for f in d["faults"]]
+    if a.json: _json({"parts": rows, "checks": done})
+    else:
+        _parts(rows, f"Data of profile {a.profile}")
+        for name, d in done.items():
+            print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in d["counts"].items()))
+            for f in d["faults"]: print(f"fault: {f}", file=sys.stderr)
+        if a.action == "check" and not done: print("nothing to open: name the folders in params.yaml, or give --root and --navsim")
+    return 1 if faults or a.action == "check" and not done else 0
 
 
 def _flat(d: dict, before: str = "") -> list:
@@ -250,6 +284,16 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(run=run)
         return p
     add("doctor", _doctor, "examine the environment: versions, devices, optional parts, data")
+    p = add("data", _data, "say what of nuScenes, NAVSIM and the published weights is here and where the rest is obtained; check opens samples")
+    p.add_argument("action", nargs="?", choices=("list", "check"), default="list")
+    p.add_argument("--profile", default="paper", help="whose folders, in params.yaml; default: paper")
+    p.add_argument("--root", help="the folder of nuScenes, instead of the profile's")
+    p.add_argument("--version", help="of the nuScenes tables, such as v1.0-mini")
+    p.add_argument("--navsim", help="OPENSCENE_DATA_ROOT, instead of the profile's")
+    p.add_argument("--caches", help="scene caches, a folder a split")
+    p.add_argument("--samples", type=int, default=20, help="check: open so many of each split")
+    p.add_argument("--logs", type=int, default=20, help="check: read so many logs of each NAVSIM split; 0: all, the second stage with them")
+    p.add_argument("--weights", action="store_true", help="the published weights instead, and which lie in the Hugging Face cache")
     p = add("world", _world, "make a minidrive world, show it, check it, unpack it for the devkits")
     p.add_argument("action", nargs="?", choices=("make", "show", "check", "summary", "verify", "unpack"), default="summary")
     p.add_argument("dir", nargs="?", help="the data set; default: that of the active profile, for make build/<profile>")

@@ -46,7 +46,7 @@ def checkpoint_kind(
     "Which method wrote a checkpoint."
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: a checkpoint is a folder on this machine; one from a hub is fetched first, with huggingface_hub.snapshot_download(name)")
-    if (folder / "encoder.json").is_file(): return "encoder"
+    if (folder / "encoder.json").is_file() and (folder / "encoder.safetensors").is_file(): return "encoder"
     if (folder / "teacher.json").is_file(): return "teacher"
     if (folder / "weights" / "config.json").is_file() and (folder / "tokenizer").is_dir(): return "spanvla"
     if not (folder / "config.json").is_file():

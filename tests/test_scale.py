@@ -1,4 +1,5 @@
 "Training on several ranks: the same curve, checkpoints that continue on another number of ranks, entries under torchrun, footprints."
+import importlib.util
 import json
 import os
 import shutil
@@ -133,3 +134,10 @@ def test_lastvla_entry_trains_the_same_alone_and_with_two_ranks(tmp_path, monkey
     for name in ("two", "divided"):
         far = max(float((weights["alone"][k].float() - weights[name][k].float()).abs().max()) for k in weights["alone"])
         assert far < 1e-2, (name, far)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed (extra scale)")
+def test_a_job_goes_through_submitit_and_is_waited_for(tmp_path):
+    "With submitit's local executor, as there is no SLURM here; the module writes the hardware over its argument."
+    job = launch("vlarepro.core.hardware", {}, Launch("slurm", slurm={"cluster": "local", "timeout_min": 5}), tmp_path)
+    assert job and "processor" in json.loads((tmp_path / "config.json").read_text())

@@ -9,6 +9,7 @@ __all__ = ['BACKENDS', 'parallel_map']
 import importlib.util
 import multiprocessing
 import os
+import sys
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -60,14 +61,15 @@ def _processes(function, parts: list, workers: int, retries: int, threads: int):
             suspects.extend(flying.values())
 
 
-def _ray(function, parts: list, workers: int, retries: int, address: "str | None"):
-    "Yield (number of the part, results) as they come, from Ray; its own retries replace dead workers and nodes."
+def _ray(function, parts: list, workers: int, retries: int, threads: int, address: "str | None"):
+    "Yield (number of the part, results) as they come, from Ray; its own retries replace dead workers and nodes. All nodes see the same folders."
     if importlib.util.find_spec("ray") is None: raise ModuleNotFoundError("the ray backend needs ray: pip install -e '.[scale]', or use backend='processes'")
     import ray
     mine = not ray.is_initialized()
     if mine: ray.init(address=address, **({} if address else {"num_cpus": workers, "include_dashboard": False}), log_to_driver=False, logging_level="ERROR")
     try:
-        task = ray.remote(num_cpus=1, max_retries=retries, retry_exceptions=False)(_several)
+        env = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": str(threads)}   # as a spawned process: what can be imported here can be there
+        task = ray.remote(num_cpus=1, max_retries=retries, retry_exceptions=False, runtime_env={"env_vars": env})(_several)
         given, todo, flying = ray.put(function), deque(range(len(parts))), {}
         while todo or flying:
             while todo and len(flying) < 4 * workers:
@@ -101,7 +103,7 @@ def parallel_map(
     parts = [(i, items[i:i + chunk]) for i in range(0, len(items), chunk)]
     if backend == "serial": stream = ((k, _several(function, *p)) for k, p in enumerate(parts))
     elif backend == "processes": stream = _processes(function, parts, min(workers, max(1, len(parts))), retries, threads)
-    else: stream = _ray(function, parts, workers, retries, address)
+    else: stream = _ray(function, parts, workers, retries, threads, address)
     out = [None] * len(parts)
     for k, r in progress(stream, desc, total=len(parts)): out[k] = r
     if any(r is None for r in out): raise RuntimeError(f"{sum(r is None for r in out)} of {len(out)} parts came back empty: this is a bug in parallel_map")

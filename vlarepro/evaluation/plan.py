@@ -197,7 +197,7 @@ def _ikvla_jobs(profile: str, stage: str, group: dict) -> list:
 def ikvla_jobs(profile: str) -> list:
     "All supervised and reinforced runs of IK-VLA."
     c = load_config("ikvla", profile)
-    out = [j for g in load_params()["ikvla"]["groups"] for j in _ikvla_jobs(profile, f"sft-ikvla@{profile}-{g}", c[g])]
+    out = [j for g in load_params()["ikvla"]["groups"] if g in c for j in _ikvla_jobs(profile, f"sft-ikvla@{profile}-{g}", c[g])]
     nav = c["navsim"]
     out += _ikvla_jobs(profile, f"sft-navsim-ikvla@{profile}", nav)
     s, r, (tokens, width) = IKVLASettings.read(nav["settings"]), GRPOSettings.read(nav["grpo"]), encoder_tokens(profile)

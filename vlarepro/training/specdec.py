@@ -138,7 +138,7 @@ def train_replica(s, target: Target, data: Traces, features, texts: dict, seed: 
     _save(out / f"seed-{seed}" / "replica", replica, "replica", config, seed)
     return history
 
-# %% ../../nbs/70_training/60_specdec.ipynb #c014
+# %% ../../nbs/70_training/60_specdec.ipynb #c012
 @dataclass
 class Trained:
     "What `train_group` left, ready to decode."
@@ -168,7 +168,9 @@ class Trained:
         c = load_config(at)["config"]
         hf = self.target.vlm.hf
         draft = RoutineDraft(DraftConfig(**{**c, "taps": tuple(c["taps"])}), hf.get_input_embeddings().weight, hf.lm_head.weight, self.target.config.layout, frequent=torch.arange(hf.lm_head.weight.shape[0]))
-        return load_checkpoint(at, draft).to(self.target.device).eval()
+        load_checkpoint(at, draft)
+        draft.head.copy_(hf.lm_head.weight.detach()[draft.rows])   # of the rows that the file names
+        return draft.to(self.target.device).eval()
 
     def replica(self, seed: int) -> Target: return _load_target(self.folder / f"seed-{seed}" / "replica", self.target.tokenizer, str(self.target.device))
 
@@ -178,7 +180,7 @@ def _load_target(folder: Path, tokenizer, device: str) -> Target:
     target = Target(TargetConfig(**{**c, "layout": Layout(**c["layout"])}), tokenizer, device=device)
     return load_checkpoint(folder, target).to(device).eval().requires_grad_(False)
 
-# %% ../../nbs/70_training/60_specdec.ipynb #c012
+# %% ../../nbs/70_training/60_specdec.ipynb #c014
 def parts(arms: "dict[str, list]") -> dict:  # name -> (seed, arms)
     "What a process trains at a time: half of the drafts of a seed, or a replica."
     out = {}

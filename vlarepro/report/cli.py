@@ -40,7 +40,8 @@ def _doctor(a) -> int:
     from vlarepro.report.data import find
     from vlarepro.report.doctor import examine
     d = examine()
-    d["real"] = find(places("paper"))
+    try: d["real"] = find(places("paper"))
+    except FileNotFoundError: d["real"] = []   # outside a clone no profile names a root
     if a.json: _json(d)
     else:
         _table(f"Python {d['python']}, {d['platform']}, attention {d['attention']}, {d['disk_free_gb']} GB free", ["package", "version"], list(d["packages"].items()))

@@ -116,4 +116,5 @@ def add_driving_tokens(
     extra: tuple = (),    # further special tokens
 ) -> int:                 # how many were new
     "Add the paper's special tokens to a tokenizer that lacks them."
-    return tokenizer.add_special_tokens({"additional_special_tokens": [*DRIVE_TOKENS, *extra]}, replace_additional_special_tokens=False)
+    known = tokenizer.get_vocab()
+    return tokenizer.add_tokens([t for t in dict.fromkeys((*DRIVE_TOKENS, *extra)) if t not in known], special_tokens=True)

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import nn
-from transformers import (DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
+from transformers import (AutoConfig, DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
 
 from ..core.params import nearest
@@ -62,11 +62,12 @@ def vlm_config(
     if family == "qwen3-vl":
         text.setdefault("head_dim", width // heads)
         rope["mrope_interleaved"] = True
-        look |= dict(deepstack_visual_indexes=[look["depth"] - 1], num_position_embeddings=2304)
+        look |= dict(deepstack_visual_indexes=[8, 16, 24] if look["depth"] == 27 else [look["depth"] - 1], num_position_embeddings=2304)
     else: look |= dict(window_size=8 * look["patch_size"], fullatt_block_indexes=[i for i in range(look["depth"]) if (i + 1) % 8 == 0 or i + 1 == look["depth"]])
-    text |= dict(vocab_size=vocab_size, rope_parameters=rope, max_position_embeddings=8192, attention_dropout=0.0, tie_word_embeddings=True,
+    tied = size != "qwen3-vl-8b"   # the one true size whose head is a matrix of its own
+    text |= dict(vocab_size=vocab_size, rope_parameters=rope, max_position_embeddings=8192, attention_dropout=0.0, tie_word_embeddings=tied,
                  initializer_range=max(0.02, width ** -0.5), bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    return FAMILIES[family][0](text_config=text, vision_config=look, tie_word_embeddings=True)
+    return FAMILIES[family][0](text_config=text, vision_config=look, tie_word_embeddings=tied)
 
 
 def build_vlm(
@@ -93,7 +94,10 @@ def build_vlm(
         if str(device).startswith("cuda"):   # a true size is made where it will live
             with torch.device(device): return seeded(make, seed)
         return seeded(make, seed).to(device)
-    model = FAMILIES[family][1].from_pretrained(PRETRAINED.get(source, source), attn_implementation=attn, dtype=dtype)
+    name, cls = PRETRAINED.get(source, source), FAMILIES[family][1]
+    kind = AutoConfig.from_pretrained(name).model_type
+    if kind != cls.config_class.model_type: raise ValueError(f"{name} is a {kind} checkpoint, family {family!r} needs {cls.config_class.model_type}: transformers would fill the difference with random numbers")
+    model = cls.from_pretrained(name, attn_implementation=attn, dtype=dtype)
     if vocab_size > model.get_input_embeddings().num_embeddings: seeded(lambda: model.resize_token_embeddings(vocab_size), seed)
     return model.to(device)
 

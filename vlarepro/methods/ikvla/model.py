@@ -65,7 +65,8 @@ class CompactTokenizer:
 class HFTokenizer:
     "A Hugging Face tokenizer with the paper's tokens and the number parts added, behind the compact tokenizer's interface."
     def __init__(self, base):
-        base.add_tokens([t for t in (*SPECIALS, *WHOLE, *TENTHS) if t not in base.get_vocab()], special_tokens=True)
+        known = base.get_vocab()   # once: a pretrained one has 150,000 entries
+        base.add_tokens([t for t in (*SPECIALS, *WHOLE, *TENTHS) if t not in known], special_tokens=True)
         self.base, self.size = base, -(-len(base) // 64) * 64
 
     def id(self, token: str) -> int: return self.base.convert_tokens_to_ids(token)

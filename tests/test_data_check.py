@@ -7,8 +7,9 @@ import shutil
 import pytest
 
 from vlarepro.core.paths import root as repository
+from vlarepro.data.real_sets import Places, places
 from vlarepro.report.cli import main
-from vlarepro.report.data import NAVSIM_SPLITS, Places, check, check_nuscenes, find, find_nuscenes, places, weights
+from vlarepro.report.data import NAVSIM_SPLITS, check, check_nuscenes, find, find_nuscenes, weights
 from vlarepro.world.generate import generate
 
 pytestmark = pytest.mark.xdist_group("data_check")

@@ -91,14 +91,14 @@ def official_arrays(cache, version: str) -> dict:
     return out if version == "v1" else out | {"human": np.asarray(cache.human, float)}
 
 
-def write_caches(world: Path, out: Path, split: str, folder: str, per_scene: int = 2) -> int:
-    "Scene caches of some frames of every scene of a split."
+def write_caches(world: Path, out: Path, splits: tuple, folder: str, per_scene: int = 2) -> int:
+    "Scene caches of some frames of every scene of some splits."
     from vlarepro.evaluation.navsim import frame_caches
     card, n = json.loads((world / VERSION / "minidrive.json").read_text()), 0
-    size = WorldSize(**{s: sum(a["split"] == s for a in card["scenes"].values()) for s in ("train", "dev", "val", "test")})
+    many = {s: sum(a["split"] == s for a in card["scenes"].values()) for s in ("train", "dev", "val", "test")}
     (out / folder).mkdir(parents=True)
-    for job in plan_scenes(size, card["seed"]):
-        if job.split != split: continue
+    for job in plan_scenes(WorldSize(**many | {"train": many["train"] + many["dev"]}), card["seed"]):   # dev is a part of train
+        if job.split not in splits: continue
         for c in frame_caches(job, card["seed"], per_scene):
             for v in ("v1", "v2"): np.savez_compressed(out / folder / f"{c.token}.{v}.npz", **official_arrays(c, v))
             n += 1
@@ -149,7 +149,7 @@ def build(world: Path, out: Path) -> dict:
     lay_out_nuscenes(world, loose, part / "nuscenes")
     times = lay_out_openscene(world, loose, part / "openscene")
     texts_for_logs(part / "nuscenes" / "language", part / "nuscenes" / TABLES, times)
-    for split, folder in (("train", "navtrain"), ("test", "navtest")): write_caches(world, part / "caches", split, folder)
+    for splits, folder in ((("train", "dev"), "navtrain"), (("test",), "navtest")): write_caches(world, part / "caches", splits, folder)
     keep_scored(part / "openscene", part / "caches")
     write_models(part / "models")
     shutil.rmtree(loose)

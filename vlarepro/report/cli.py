@@ -34,7 +34,8 @@ def _json(obj) -> int:
 
 # %% ../../nbs/90_report/90_cli.ipynb #c007
 def _doctor(a) -> int:
-    from vlarepro.report.data import find, places
+    from vlarepro.data.real_sets import places
+    from vlarepro.report.data import find
     from vlarepro.report.doctor import examine
     d = examine()
     d["real"] = find(places("paper"))
@@ -57,7 +58,8 @@ def _parts(rows: list, title: str):
 
 def _data(a) -> int:
     "What of the real sets is here; `check` opens samples."
-    from vlarepro.report.data import check, find, places, weights
+    from vlarepro.data.real_sets import places
+    from vlarepro.report.data import check, find, weights
     if a.weights:
         rows = weights()
         if a.json: return _json(rows)

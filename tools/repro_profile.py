@@ -86,7 +86,7 @@ def main() -> int:
     p.add_argument("profile")
     p.add_argument("--override", type=Path, help="a file of settings, see above")
     p.add_argument("stages", nargs="*", help="only these stages and what they need")
-    a = p.parse_args()
+    a = p.parse_intermixed_args()
     profile = a.profile
     sys.path.insert(0, str(ROOT))
     import yaml

@@ -111,3 +111,26 @@ def test_nothing_given(monkeypatch, capsys):
     assert main(["data", "check", "--profile", "paper"]) == 1
     out = capsys.readouterr().out
     assert "nothing to open" in out and "nuScenes (Motional)" in " ".join(out.split())
+
+
+def test_published_texts_find_their_places(real, tmp_path, capsys):
+    "NuScenes-QA as it is published, captions as a list, explanations as a mapping."
+    base = tmp_path / "nuscenes"
+    shutil.copytree(real.nuscenes / "v1.0-trainval", base / "v1.0-trainval")
+    tool = importlib.util.spec_from_file_location("nuscenes_texts", repository() / "tools" / "nuscenes_texts.py")
+    texts = importlib.util.module_from_spec(tool)
+    tool.loader.exec_module(texts)
+    one, two = sorted(texts.known_tokens(base))[:2]
+    q = dict(split="val", sample_token=one, question="Is there a car?", answer="yes", template_type="exist", num_hop=0)
+    captions = [dict(sample_token=t, caption="A street.") for t in (one, two, one)]
+    files = {"qa": {"info": {}, "split": "val", "questions": [q]}, "captions": captions, "explanations": {two: "It stops."}}
+    for name, content in files.items(): (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert texts.main([str(base), *(x for n in files for x in (f"--{n}", str(tmp_path / f"{n}.json")))]) == 0
+    assert "1 further texts" in capsys.readouterr().err
+    read = lambda n: json.loads((base / "language" / f"{n}.json").read_text())
+    assert read("qa")["questions"] == [q] and read("explanations") == {two: {"text": "It stops."}}
+    assert read("captions") == {one: "A street.", two: "A street."}
+    (tmp_path / "captions.json").write_text(json.dumps({"nobody": "x"}))
+    assert texts.main([str(base), "--captions", str(tmp_path / "captions.json")]) == 2 and "in no table" in capsys.readouterr().err
+    (tmp_path / "qa.json").write_text(json.dumps([{k: v for k, v in q.items() if k != "num_hop"}]))
+    assert texts.main([str(base), "--qa", str(tmp_path / "qa.json")]) == 2 and "lacks num_hop" in capsys.readouterr().err

@@ -22,9 +22,9 @@ from ..core.paths import root as repository
 from ..core.pickles import load_plain
 from ..core.progress import progress
 from .images import decode, fit
-from .navsim import LogError, Sensors, load_split, read_frames
+from .navsim import STEPS_AHEAD, LogError, NavsimReader, SceneFilter, Sensors, load_split, read_frames
 from .table import SampleTable
-from .windows import Windows, build_windows
+from .windows import Windows, log_windows
 
 # %% ../../nbs/20_data/77_real_sets.ipynb #c006
 @dataclass(frozen=True)
@@ -121,12 +121,15 @@ def frame_index(table: SampleTable, frames: Frames) -> dict:  # as `vlarepro.dat
 
 
 def real_windows(root: "str | Path", filters: "str | Path", table: SampleTable, frames: Frames) -> Windows:
-    "All windows of the logs, each frame pointing to its row."
-    root = Path(root)
-    link = root / "train_test_split"
-    if Path(filters).resolve() != link.resolve(): raise ValueError(f"the filters lie in {filters}: link them as {link}, where the readers look")
-    folders = tuple(dict.fromkeys(frames.folder.tolist()))
-    return build_windows(root, frame_index(table, frames), folders, tuple(s for s in FOLDERS))
+    "All windows of the frames' logs (a folder may hold others), each frame pointing to its row."
+    root, index, rows = Path(root), frame_index(table, frames), []
+    anchors = {t for s in FOLDERS for t in load_split(filters, s)[1].tokens or ()}
+    for folder in dict.fromkeys(frames.folder.tolist()):
+        some = SceneFilter(num_future_frames=STEPS_AHEAD, log_names=tuple(dict.fromkeys(frames.log[frames.folder == folder].tolist())))
+        rows += log_windows(NavsimReader(root / "navsim_logs" / folder, root / "sensor_blobs" / folder, some), index, anchors)
+    if not rows: raise ValueError(f"{root}: no window has 1.5 s of past and 4 s of future")
+    kinds = ("U32", "U64", "U16", bool, np.int32, np.int32, np.float32, bool, np.float32, bool, np.int64, np.float32, np.float32, bool, np.int32)   # as build_windows
+    return Windows(*(np.array(c, k) for c, k in zip(zip(*rows), kinds)))
 
 # %% ../../nbs/20_data/77_real_sets.ipynb #c014
 CAMERAS_NAVSIM = ("CAM_L0", "CAM_F0", "CAM_R0")

@@ -64,7 +64,7 @@ def _data(a) -> int:
         rows = weights()
         if a.json: return _json(rows)
         _table("Published weights", ["name", "on the Hugging Face hub", "revision", "licence", "parameters", "papers", "here"],
-               [(w["name"] + ("" if w["loads"] else " *"), w["repo"], (w["revision"] or "not fixed")[:8], w["licence"], f"{w['parameters']:,}" if w["parameters"] else None, ", ".join(w["papers"]), w["state"]) for w in rows])
+               [(w["name"] + ("" if w["loads"] else " *"), w["repo"], w["revision"][:8] if w["revision"] else "not fixed", w["licence"], f"{w['parameters']:,}" if w["parameters"] else None, ", ".join(w["papers"]), w["state"]) for w in rows])
         print("* named by a paper, not loaded by this code")
         return 0 if all(w["state"] == "found" for w in rows if w["loads"]) else 1
     where = places(a.profile, a.root, a.version, a.navsim, a.caches)

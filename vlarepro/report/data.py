@@ -124,9 +124,9 @@ def find_navsim(p: Places) -> list:  # rows of `_row`, the split in the part's n
         logs = list(f.log_names or (q.stem for q in at.glob("*.pkl")))
         here = [n for n in logs if (at / f"{n}.pkl").is_file()]
         seen = here if packed else [n for n in logs if (p.navsim / "sensor_blobs" / folder / n / "CAM_F0").is_dir()]
-        first = lambda got: f"first missing: {sorted(set(logs) - set(got))[0]}" if set(logs) - set(got) else ""
-        out += [_row("NAVSIM", f"{split}: logs", NAVSIM_PARTS["logs"], len(here), len(logs), first(here)),
-                _row("NAVSIM", f"{split}: sensor blobs", NAVSIM_PARTS["sensor blobs"], len(seen), len(logs), first(seen))]
+        for kind, got in (("logs", here), ("sensor blobs", seen)):
+            gone = sorted(set(logs) - set(got))
+            out.append(_row("NAVSIM", f"{split}: {kind}", NAVSIM_PARTS[kind], len(got), len(logs), f"first missing: {gone[0]}" if gone else ""))
         wanted = set(f.tokens or ())
         if f.include_synthetic_scenes:
             stage = list((p.navsim / split / "synthetic_scene_pickles").glob("*.pkl"))

@@ -7,6 +7,8 @@ __all__ = ['lazy_api']
 
 # %% ../../nbs/00_core/25_lazy.ipynb #c003
 import importlib
+import sys
+import types
 
 # %% ../../nbs/00_core/25_lazy.ipynb #c005
 def lazy_api(
@@ -14,7 +16,11 @@ def lazy_api(
     names: "dict[str, str]",  # public name -> module of the package that defines it
 ):                           # (__getattr__, __dir__) for the package's __init__
     "Make the two hooks with which a package imports its public names on first use (PEP 562)."
+    def get(name): return getattr(importlib.import_module(f"{package}.{names[name]}"), name)
     def __getattr__(name: str):
         if name not in names: raise AttributeError(f"{package} has no {name!r}; public names: {', '.join(sorted(names))}")
-        return getattr(importlib.import_module(f"{package}.{names[name]}"), name)
+        return get(name)
+    if same := [n for n, module in names.items() if n == module]:   # an imported module becomes an attribute, and would hide the name it defines
+        at = {n: property(lambda self, n=n: get(n), lambda self, module: None) for n in same}
+        sys.modules[package].__class__ = type("Package", (types.ModuleType,), at)
     return __getattr__, lambda: sorted(names)

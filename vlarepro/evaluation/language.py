@@ -194,7 +194,7 @@ def judge_language(
     instance = bootstrap_means(values, scenes, lambda v: mean(v, "b") - mean(v, "o"), rng=rng("language-tables", "C-C15/qa"), n=DRAWS, subset=subset)
     smaller = min((caption, instance), key=lambda i: i.value)
     n_seeds = min(len(seeds[ours]), len(seeds[bev]))
-    note = f"{seeds_note(n_seeds)}; captions {caption.value:+.1f} BLEU-4 [{caption.low:.1f}, {caption.high:.1f}], instance-level questions {-instance.value:+.1f} points [{-instance.high:.1f}, {-instance.low:.1f}] against the BEV baseline, which {TRUE_BOXES}"
+    note = f"captions {caption.value:+.1f} BLEU-4 [{caption.low:.1f}, {caption.high:.1f}], instance-level questions {-instance.value:+.1f} points [{-instance.high:.1f}, {-instance.low:.1f}] against the BEV baseline, which {TRUE_BOXES}"
     return {"id": claim["id"], "verdict": verdict(claim["kind"], smaller.value, (smaller.low, smaller.high), claim["threshold"], claim["margin"]), "effect": smaller.value,
             "interval": [smaller.low, smaller.high], "threshold": claim["threshold"], "margin": claim["margin"], "n": len(np.unique(told.asked.scene)),
             "samples": len(np.unique(told.asked.token)), "seeds": n_seeds, "profile": profile, "note": note}

@@ -25,6 +25,7 @@ from ..core.seeds import key_seed
 from ..models.checkpoints import load_resume, save_resume, state_tensors
 from ..scoring.pdm.score import score_batch
 from .policies import Rollout
+from .ranks import mean_gradients
 from .sft import learning_rate, make_optimiser, sample_rows, sample_uniform
 
 # %% ../../nbs/70_training/40_grpo.ipynb #c006
@@ -211,12 +212,8 @@ def _update(policy, reference, config, parts, adv, olds, optimiser, world):
         loss.backward()
         at += m
         for k, v in (("loss", loss.detach()), ("kl", kl * share), ("clip_share", clipped * share)): out[k] += float(v)
-    norms = []
-    for params in policy.groups.values():
-        params = [p for p in params if p.grad is not None]
-        if world > 1:
-            for p in params: dist.all_reduce(p.grad); p.grad /= world
-        norms.append(float(torch.nn.utils.clip_grad_norm_(params, config.grad_clip)))
+    if world > 1: mean_gradients([p for ps in policy.groups.values() for p in ps if p.requires_grad], world)
+    norms = [float(torch.nn.utils.clip_grad_norm_([p for p in ps if p.grad is not None], config.grad_clip)) for ps in policy.groups.values()]
     out["grad_norm"] = float(np.linalg.norm(norms))
     if not np.isfinite([out["loss"], out["grad_norm"]]).all():
         raise FloatingPointError(f"loss {out['loss']}, gradient norm {out['grad_norm']} (KL {out['kl']}): lower the learning rate ({config.lr}) or raise beta ({config.beta})")

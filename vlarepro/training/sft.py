@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from ..core.progress import progress
 from ..core.seeds import key_seed, rng
 from ..models.checkpoints import load_resume, save_resume
+from .ranks import mean_gradients
 
 # %% ../../nbs/70_training/10_sft.ipynb #c006
 @dataclass(frozen=True)
@@ -110,25 +111,41 @@ def make_optimiser(
     return torch.optim.AdamW(parts, betas=(0.9, 0.99), fused=True)
 
 # %% ../../nbs/70_training/10_sft.ipynb #c015
-def _step(task, config, optimiser, step, rank, world):
+def _backward(task, config, step, rank, world, accumulate) -> dict:
+    "Forward and backward of a rank's share of the batch, piece by piece; the losses as means over the pieces."
+    share, total = config.batch // (world * accumulate), {}
+    for k in range(accumulate):
+        first = step * config.batch + (rank * accumulate + k) * share
+        rows, u = sample_rows(config.seed, first, share, task.n), sample_uniform(config.seed, first, share, task.words)
+        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
+            losses = task.loss(rows, torch.as_tensor(u, dtype=torch.float32, device=config.device))
+        bad = [n for n, v in losses.items() if not torch.isfinite(v)]
+        if bad and world == 1: raise FloatingPointError(f"loss {bad[0]!r} is {float(losses[bad[0]].detach())} at step {step}, seed {config.seed}: lower the learning rate ({config.lr}), or look for bad values in the data rows {rows[:4].tolist()} ...")
+        (sum(losses.values()) / accumulate).backward()
+        for n, v in losses.items(): total[n] = total.get(n, 0.0) + float(v.detach()) / accumulate
+    return total
+
+
+def _over_ranks(task, config, step, world, losses) -> dict:
+    "Gradients and losses as means over all ranks; a rank whose share did not touch a parameter counts as zero, and a bad loss stops all ranks at once."
+    v = torch.tensor(list(losses.values()), dtype=torch.float64, device=config.device)
+    dist.all_reduce(v)
+    losses = dict(zip(losses, (v / world).tolist()))
+    bad = [n for n, x in losses.items() if not math.isfinite(x)]
+    if bad: raise FloatingPointError(f"loss {bad[0]!r} is {losses[bad[0]]} on some of {world} ranks at step {step}, seed {config.seed}: lower the learning rate ({config.lr}), or look for bad values in the data")
+    mean_gradients([p for ps in task.groups.values() for p in ps if p.requires_grad], world)
+    return losses
+
+
+def _step(task, config, optimiser, step, rank, world, accumulate):
     "One optimiser step; returns the losses as numbers."
     for part in optimiser.param_groups: part["lr"] = part["peak"] * learning_rate(step, config.steps, config.warmup)
-    share = config.batch // world
-    first = step * config.batch + rank * share
-    rows, u = sample_rows(config.seed, first, share, task.n), sample_uniform(config.seed, first, share, task.words)
-    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
-        losses = task.loss(rows, torch.as_tensor(u, dtype=torch.float32, device=config.device))
-    bad = [k for k, v in losses.items() if not torch.isfinite(v)]
-    if bad: raise FloatingPointError(f"loss {bad[0]!r} is {float(losses[bad[0]].detach())} at step {step}, seed {config.seed}: lower the learning rate ({config.lr}), or look for bad values in the data rows {rows[:4].tolist()} ...")
     optimiser.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    for params in task.groups.values():
-        if world > 1:
-            for p in params:
-                if p.grad is not None: dist.all_reduce(p.grad); p.grad /= world
-        torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], config.clip)
+    losses = _backward(task, config, step, rank, world, accumulate)
+    if world > 1: losses = _over_ranks(task, config, step, world, losses)
+    for params in task.groups.values(): torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], config.clip)
     optimiser.step()
-    return {k: float(v.detach()) for k, v in losses.items()}
+    return losses
 
 
 def sft(
@@ -138,10 +155,11 @@ def sft(
     desc: str = "sft",                   # name in the progress line
     save_every_s: float = 20.0,
     stop_at: "int | None" = None,        # leave after this step, as a kill would (for tests)
+    accumulate: int = 1,                 # pieces of a rank's share, whose gradients add up: less memory, the same step
 ) -> list:                               # [{step, loss: their sum, loss name: mean since the last entry}], about 50 entries
     "Train a task; the module holds the result (the averaged weights if `ema`)."
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if config.batch % world: raise ValueError(f"a batch of {config.batch} does not divide among {world} ranks")
+    if config.batch % (world * accumulate): raise ValueError(f"a batch of {config.batch} does not divide among {world} ranks x {accumulate} pieces")
     optimiser = make_optimiser(task.groups, config)
     trained = [p for ps in task.groups.values() for p in ps if p.requires_grad]
     tag = hashlib.sha256(repr((asdict(config), task.n, task.words, [tuple(p.shape) for p in trained])).encode()).hexdigest()[:16]
@@ -151,7 +169,7 @@ def sft(
     keep = lambda step: rank == 0 and resume and save_resume(resume, task.module, optimiser, step, tag, {f"ema.{i}": a for i, a in enumerate(average)})
     task.module.train()
     for step in progress(range(start, stop_at or config.steps), desc):
-        recent.append(_step(task, config, optimiser, step, rank, world))
+        recent.append(_step(task, config, optimiser, step, rank, world, accumulate))
         with torch.no_grad():
             for a, p in zip(average, trained): a.lerp_(p, 1 - min(config.ema, (1 + step) / (10 + step)))
         if (step + 1) % max(1, config.steps // 50) == 0 or step + 1 == config.steps:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'GROUPS', 'EvalSettings', 'guess_table', 'right_table', 'count_rounds', 'attention_mass', 'strangers',
-           'reactions', 'measure_split', 'loop_counts', 'run_loops', 'evaluate_target']
+           'reactions', 'measure_split', 'loop_counts', 'run_loops', 'evaluate_split', 'evaluate_target']
 
 # %% ../../nbs/80_evaluation/75_specdec.ipynb #c003
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from ..core.parallel import parallel_map
+from ..core.seeds import set_threads
 from ..decoding.acceptance import replay
 from ..decoding.speculate import NGram, PromptLookup, uniforms
 from ..methods.specdec.arms import ClassTable, ReplicaDraft, feature_pass, write_texts
@@ -236,24 +238,24 @@ def run_loops(trained, drafts, data, features, s: EvalSettings, split, text, len
 
 # %% ../../nbs/80_evaluation/75_specdec.ipynb #c018
 @torch.no_grad()
-def evaluate_target(
+def evaluate_split(
     trained: Trained,
     features: np.ndarray,
     settings: EvalSettings,
+    split: str,                         # a key of settings.every; the first one's prompts are also probed
     aarl: "str | Path | None" = None,   # folder of the AARL stage
 ) -> tuple:                             # arrays "split/arm/column" -> (seeds, n); details, plain JSON
-    "Everything that is measured of a target and its drafts."
+    "What is measured of a target and its drafts on one split."
     drafts, arrays, details = _drafts(trained, aarl), {}, {}
     classes = ClassTable(trained.traces.of("train"))
     layout = trained.target.config.layout
     details |= {"visual_tokens": layout.visual, "history_tokens": layout.groups["history"][1] - layout.groups["history"][0], "seeds": {a: list(d) for a, d in drafts.items()},
                 "blocks": {a: next(iter(d.values())).config.block for a, d in drafts.items()}, "layers": {a: next(iter(d.values())).config.layers for a, d in drafts.items()}}
-    for split, every in settings.every.items():
-        data = trained.traces.of(split, every)
-        details[f"{split}/class_accuracy"] = classes.accuracy(data)
-        text, length, plans, commits, taps = measure_split(trained, drafts, data, features, settings, split, arrays, details, classes)
-        run_loops(trained, drafts, data, features, settings, split, text, length, plans, commits, taps, arrays, details)
-        if split != next(iter(settings.every)): continue
+    data = trained.traces.of(split, settings.every[split])
+    details[f"{split}/class_accuracy"] = classes.accuracy(data)
+    text, length, plans, commits, taps = measure_split(trained, drafts, data, features, settings, split, arrays, details, classes)
+    run_loops(trained, drafts, data, features, settings, split, text, length, plans, commits, taps, arrays, details)
+    if split == next(iter(settings.every)):
         rows = np.linspace(0, len(data) - 1, min(settings.probes, len(data))).astype(int)
         some, t = data.take(rows), trained.target
         arrays[f"{split}/probe_scene"] = some.scene
@@ -269,3 +271,22 @@ def evaluate_target(
                     at = arrays.setdefault(f"{split}/{arm}/{name}", np.zeros((len(drafts.get(arm, [0])), len(rows))))
                     if k < len(at): at[k] = v
     return arrays, details
+
+
+def _split(job):
+    sft, features, settings, split, aarl, threads, device = job
+    set_threads(threads)
+    return evaluate_split(Trained.load(sft, device), np.load(features, mmap_mode="r"), settings, split, aarl)
+
+
+def evaluate_target(
+    sft: "str | Path",                  # folder of `train_group`
+    features: "str | Path",             # features.npy of all keyframes
+    settings: EvalSettings,
+    aarl: "str | Path | None" = None,   # folder of the AARL stage
+    workers: int = 1, threads: int = 1, device: str = "cpu",   # splits share the processes
+) -> tuple:                             # as `evaluate_split`, of all splits
+    "Everything that is measured of a target and its drafts."
+    jobs = [(str(sft), str(features), settings, split, aarl, threads, device) for split in settings.every]
+    done = parallel_map(_split, jobs, "processes" if workers > 1 else "serial", workers, desc="splits", threads=threads)
+    return tuple({k: v for d in done for k, v in d[i].items()} for i in (0, 1))

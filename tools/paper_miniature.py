@@ -4,9 +4,10 @@ usage: python tools/paper_miniature.py WORLD OUT
 
 WORLD is a minidrive data set, such as data/smoke. OUT gets
   nuscenes/     v1.0-trainval tables without minidrive's card, loose images, maps, CAN bus (no route command: real nuScenes has none), language/
-  openscene/    navsim_logs, sensor_blobs with images of their own, train_test_split, navhard_two_stage
-  caches/       navtrain/ and navtest/ as tools/navsim_cache_to_npz.py writes them
-  models/       qwen2.5-0.5b, dinov3-vits16, qwen2.5-vl-3b: tiny models saved as the hub has them, named like the published ones
+  openscene/    navsim_logs, sensor_blobs with images of their own, train_test_split, navhard_two_stage, suboptimal (negative and recovery drives)
+  caches/       navtrain/, navtest/, navhard_two_stage/ and pairs/ as tools/navsim_cache_to_npz.py writes them
+  teachers/     geometry/ and dynamics/: random numbers in the layout of vlarepro.models.external_teachers
+  models/       qwen2.5-0.5b, dinov3-vits16, qwen2.5-vl-3b, qwen3-vl-8b: tiny models saved as the hub has them, named like the published ones
 It is how the paper profile's stages are tried without the real data: nothing of it is real, and no result of it means anything.
 """
 import json
@@ -54,12 +55,10 @@ def lay_out_openscene(world: Path, loose: Path, out: Path) -> dict:
             (out / "navsim_logs" / folder).mkdir(parents=True, exist_ok=True)
             dump_plain(frames, out / "navsim_logs" / folder / path.name)
     shutil.copytree(world / "navsim" / "train_test_split", out / "train_test_split")
-    for extra in ("navval", "suboptimal"):
-        for p in (out / "train_test_split").rglob(f"{extra}.yaml"): p.unlink()
-    if (world / "navsim" / "navhard_two_stage").is_dir():
-        shutil.copytree(world / "navsim" / "navhard_two_stage", out / "navhard_two_stage")
-        if (loose / "navsim" / "navhard_two_stage" / "sensor_blobs").is_dir():
-            shutil.copytree(loose / "navsim" / "navhard_two_stage" / "sensor_blobs", out / "navhard_two_stage" / "sensor_blobs")
+    for p in (out / "train_test_split").rglob("navval.yaml"): p.unlink()
+    for extra in ("navhard_two_stage", "suboptimal"):
+        for base in (world, loose):
+            if (base / "navsim" / extra).is_dir(): shutil.copytree(base / "navsim" / extra, out / extra, dirs_exist_ok=True)
     return times
 
 
@@ -88,7 +87,12 @@ def official_arrays(cache, version: str) -> dict:
            "tracks.valid": np.asarray(t.valid, bool), "tracks.type": np.asarray(t.type, np.int8), "tracks.id": np.array(t.id, str)}
     lights = red if version == "v2" else type(red).none()
     out |= {"red.xy": world(lights.xy), **{f"red.{k}": v for k, v in _rings(lights).items()}, "red.active": np.asarray(lights.active, bool)}
-    return out if version == "v1" else out | {"human": np.asarray(cache.human, float)}
+    return out if version == "v1" or cache.human is None else out | {"human": np.asarray(cache.human, float)}
+
+
+def write_cache(folder: Path, cache, versions: tuple = ("v1", "v2")) -> None:
+    "One scene, a file a version."
+    for v in versions: np.savez_compressed(folder / f"{cache.token}.{v}.npz", **official_arrays(cache, v))
 
 
 def write_caches(world: Path, out: Path, splits: tuple, folder: str, per_scene: int = 2) -> int:
@@ -100,9 +104,31 @@ def write_caches(world: Path, out: Path, splits: tuple, folder: str, per_scene: 
     for job in plan_scenes(WorldSize(**many | {"train": many["train"] + many["dev"]}), card["seed"]):   # dev is a part of train
         if job.split not in splits: continue
         for c in frame_caches(job, card["seed"], per_scene):
-            for v in ("v1", "v2"): np.savez_compressed(out / folder / f"{c.token}.{v}.npz", **official_arrays(c, v))
+            write_cache(out / folder, c)
             n += 1
     return n
+
+
+def write_more_caches(world: Path, out: Path) -> None:
+    "Those of navhard's groups, which only version 2 scores, and of the negative and recovery drives."
+    from vlarepro.methods.spanvla.pairs import pair_caches
+    from vlarepro.scoring.pdm.navhard import navhard_groups
+    for folder in ("navhard_two_stage", "pairs"): (out / folder).mkdir(parents=True)
+    for group in navhard_groups(world):
+        for c in group.caches(): write_cache(out / "navhard_two_stage", c, ("v2",))
+    card = json.loads((world / VERSION / "minidrive.json").read_text())
+    for log in sorted({p["log"] for p in json.loads((world / "navsim" / "suboptimal" / "pairs.json").read_text())}):
+        name = log.removeprefix("minidrive-")
+        for c in pair_caches(name, card["scenes"][name], card["seed"]): write_cache(out / "pairs", c)
+
+
+def write_teachers(out: Path, tokens: list) -> None:
+    "Random numbers in the place of the published teachers' features."
+    from vlarepro.models.external_teachers import write_external
+    draw = np.random.default_rng(0)
+    for name, horizons in (("geometry", 1), ("dynamics", 3)):
+        slots = (horizons, 3, 8)
+        write_external(out / name, tokens, draw.normal(size=(len(tokens), horizons * 3 * 8, 16)).astype(np.float16), slots, "random numbers")
 
 
 def keep_scored(openscene: Path, caches: Path) -> None:
@@ -123,7 +149,9 @@ def write_models(out: Path) -> None:
     from vlarepro.models.vlm import build_vlm
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     tokenizer = train_tokenizer([*base_corpus(), "The road is free, so keep the speed and stay in the lane."] * 4, 600)
-    for name, model in {"qwen2.5-0.5b": build_llm(small, 1024, seed=0), "qwen2.5-vl-3b": build_vlm(small, 1024, seed=0)}.items():
+    models = {"qwen2.5-0.5b": build_llm(small, 1024, seed=0), "qwen2.5-vl-3b": build_vlm(small, 1024, seed=0),
+              "qwen3-vl-8b": build_vlm({**small, "head_dim": 16}, 1024, seed=0, family="qwen3-vl")}
+    for name, model in models.items():
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
     build_vit("tiny", seed=0).save_pretrained(out / "dinov3-vits16")
@@ -151,10 +179,12 @@ def build(world: Path, out: Path) -> dict:
     texts_for_logs(part / "nuscenes" / "language", part / "nuscenes" / TABLES, times)
     for splits, folder in ((("train", "dev"), "navtrain"), (("test",), "navtest")): write_caches(world, part / "caches", splits, folder)
     keep_scored(part / "openscene", part / "caches")
+    write_more_caches(world, part / "caches")
+    write_teachers(part / "teachers", sorted(times))
     write_models(part / "models")
     shutil.rmtree(loose)
     part.replace(out)
-    return {k: out / k for k in ("nuscenes", "openscene", "caches", "models")}
+    return {k: out / k for k in ("nuscenes", "openscene", "caches", "teachers", "models")}
 
 
 if __name__ == "__main__":

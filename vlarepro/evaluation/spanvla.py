@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from ..core.paths import atomic_write, write_json
 from ..core.seeds import set_threads
 from ..data.navsim import NavsimReader, load_split
+from ..data.real_sets import Places
 from ..data.windows import Windows, load_windows
 from .navsim_arms import NavsimScores, save_scores, score_plans
 from ..methods.spanvla.arms import ARMS, arm
@@ -27,6 +28,8 @@ from ..methods.spanvla.codebook import to_tokens
 from ..methods.spanvla.model import Drives, drives_of
 from ..methods.spanvla.pairs import load_pairs, see_synthetic
 from ..methods.spanvla.planner import Lora, Plans, load_bridge, load_model, plan_drives, with_lora
+from ..models.eyes import load_eyes
+from ..scoring.pdm.adopt import official_groups
 from ..scoring.pdm.navhard import navhard_groups
 from ..scoring.pdm.scene import load_cache
 from ..scoring.pdm.score import navsim_v1_pdms
@@ -109,35 +112,36 @@ def plan_all(
 
 # %% ../../nbs/80_evaluation/86_spanvla.ipynb #c011
 def navhard_drives(
-    root: "str | Path",           # data root of a minidrive world
+    navsim: "str | Path",         # holds navsim_logs, sensor_blobs and navhard_two_stage
+    filters: "str | Path",        # train_test_split
+    found: list,                  # StageGroup: `navhard_groups` of a minidrive world, or `official_groups`
     windows: Windows,             # of the logs
     features: np.ndarray,
     encoder: "str | Path",
     model,                        # SpanVLA, for its prompt
-    groups: "int | None",         # how many; None: all
-) -> "tuple[list, Drives]":       # groups of caches, and drives of all their frames in the same order
-    "Groups of navhard with the drives to plan them."
-    found, navsim = list(islice(navhard_groups(root), groups)), Path(root) / "navsim"
+) -> Drives:                      # of all frames, in the order of the groups
+    "The drives to plan navhard's groups."
+    navsim, eyes = Path(navsim), load_eyes(encoder)
     caches = [c for g in found for c in g.caches()]
     row = {t: i for i, t in enumerate(windows.token.tolist())}
     real, made = [c for c in caches if not c.synthetic], [c for c in caches if c.synthetic]
     if missing := [c.token for c in real if c.token not in row]: raise ValueError(f"{len(missing)} frames of navhard have no window, first {missing[0]}: world and windows are of different versions")
-    folder, keep, _ = load_split(navsim / "train_test_split", "navhard_two_stage")
-    reader = NavsimReader(navsim / "navsim_logs" / folder, navsim / "sensor_blobs" / folder, keep, n_frames=2, synthetic=navsim / "navhard_two_stage/synthetic_scene_pickles",
+    folder, keep, _ = load_split(filters, "navhard_two_stage")
+    reader = NavsimReader(navsim / "navsim_logs" / folder, navsim / "sensor_blobs" / folder, keep, **eyes.reading, synthetic=navsim / "navhard_two_stage/synthetic_scene_pickles",
                           synthetic_blobs=navsim / "navhard_two_stage/sensor_blobs", allow_missing=True)
-    ws, seen = see_synthetic(reader, encoder, [c.token for c in made], [c.log for c in made], ["test"] * len(made))
+    ws, seen = see_synthetic(reader, eyes, [c.token for c in made], [c.log for c in made], ["test"] * len(made))
     c = model.config
     first = drives_of(windows.take([row[c.token] for c in real]), features, None, model.tokenizer, c.waypoints, c.style, c.ego_token)
     second = drives_of(ws, seen, None, model.tokenizer, c.waypoints, c.style, c.ego_token)
-    return found, join_drives([first, second], np.concatenate([np.asarray(features[first.keyframe]), seen]))
+    return join_drives([first, second], np.concatenate([np.asarray(features[first.keyframe]), seen]))
 
 
-def two_stages(groups: list, tokens: np.ndarray, plans: Float[np.ndarray, "n t 3"]) -> dict:
+def two_stages(groups: list, tokens: np.ndarray, plans: Float[np.ndarray, "n t 3"], traffic: str = "reactive") -> dict:
     "The two-stage score of one arm, with the rows of each group for intervals."
     at = {t: i for i, t in enumerate(tokens.tolist())}
     out = []
     for g in groups:
-        table, drives = stage_table(g.caches(), lambda c: plans[at[c.token]][:8].astype(float))
+        table, drives = stage_table(g.caches(), lambda c: plans[at[c.token]][:8].astype(float), traffic)
         r = two_stage(table, drives, [g.group()])
         out.append({k: r[k] for k in ("combined", "stage_one", "stage_two")})
     return {k: {c: [o[k][c] for o in out] for c in out[0][k]} for k in out[0]}
@@ -175,13 +179,14 @@ def evaluate_spanvla(
     out: "str | Path",
     files: ArmFiles,
     arms: list,                     # reinforced arms
-    root: "str | Path",             # data root
+    at: Places,                     # of the data
     navsim: "str | Path",           # folder of the windows stage
     features: np.ndarray,
     encoder: "str | Path",
     caches: "str | Path",           # scene caches of the test split
     pairs: "tuple | None",          # (pairs file, folder of their caches), or None
-    frames_per_log: int, most_frames: "int | None", navhard: "int | None", sweep: list,
+    frames_per_log: int, most_frames: "int | None", navhard: "int | None", sweep: list,   # navhard: groups; None: all
+    traffic: str = "reactive",      # in navhard; the devkit's caches hold no lanes, without which it must be "replay"
     seed: int = 0,
     workers: int = 2,
 ) -> dict:                          # numbers for the notebook
@@ -191,7 +196,8 @@ def evaluate_spanvla(
     test = windows.of("test", anchors=True)
     test = test.take(choose_frames(test, frames_per_log, most_frames))
     sets = {"test": drives_of(test, features, None, model.tokenizer, c.waypoints, c.style, c.ego_token)}
-    groups, sets["navhard"] = navhard_drives(root, windows, features, encoder, model, navhard)
+    groups = list(islice(official_groups(at.caches / "navhard_two_stage", at.filters) if at.caches else navhard_groups(at.nuscenes), navhard))
+    sets["navhard"] = navhard_drives(at.navsim, at.filters, groups, windows, features, encoder, model)
     if pairs:
         p = load_pairs(pairs[0])
         have = {f.stem: f for f in sorted(Path(pairs[1]).glob("*.npz"))}
@@ -206,15 +212,15 @@ def evaluate_spanvla(
     with atomic_write(out / "reasoning.npz") as f:
         np.savez(f, token=test.token, log=test.log, future=test.future, **{f"tokens/{a}": done["test"]["tokens"][a] for a in names}, **{f"slow/{a}": done["test"]["slow"][a] for a in names},
                  **{f"plan/{a}": done["test"]["plans"][a] for a in names})
-    at = sets["navhard"].token
-    write_json(out / "navhard.json", {a: two_stages(groups, at, done["navhard"]["plans"][a]) for a in ONLY["navhard"] if a in done["navhard"]["plans"]})
+    token = sets["navhard"].token
+    write_json(out / "navhard.json", {a: two_stages(groups, token, done["navhard"]["plans"][a], traffic) for a in ONLY["navhard"] if a in done["navhard"]["plans"]})
     train = windows.of("train")
     path = np.concatenate([train.future, train.later], 1)[train.later_valid.all(1)][::4, :c.waypoints].astype(float)
     codes = to_tokens(model.book, path), to_tokens(model.book, done["test"]["plans"]["autovla_sft"].astype(float))
     write_json(out / "drafting.json", {"tokens_per_pass": drafted_length(*codes), "plans": len(test), "waypoints": c.waypoints})
     if "pairs" in sets: _write_pairs(out, p, keep, have, done["pairs"])
     write_json(out / "texts.json", {a: {"cut": done["test"]["cut"][a], "texts": done["test"]["texts"][a][:12]} for a in names})
-    return {"frames": len(test), "logs": len(np.unique(test.log)), "groups": len(groups), "arms": names}
+    return {"frames": len(test), "logs": len(np.unique(test.log)), "groups": len(groups), "traffic": traffic, "arms": names}
 
 # %% ../../nbs/80_evaluation/86_spanvla.ipynb #c021
 def _write_pairs(out, p, keep, have, done):

@@ -9,6 +9,7 @@ __all__ = ['WM_NAME', 'GEO_NAME', 'ModelSettings', 'LaSTSettings', 'load_data', 
 
 # %% ../../nbs/70_training/50_lastvla.ipynb #c003
 import json
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -51,6 +52,7 @@ class ModelSettings:
     vocab: "int | str"          # entries of the BPE, or the folder of a pretrained tokenizer
     numbers: bool               # status and history as text too
     pretrained: bool = False    # load the backbone's weights by name
+    large_family: "str | None" = None  # of `large`; None: the same
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def load_data(
     if teachers is not None:
         for kind, name in (("wm", WM_NAME), ("geo", GEO_NAME)):
             folder = Path(teachers) / name
-            found[kind], slots[kind] = load_teacher_features(folder, name), load_teacher(folder).slots()
+            found[kind] = load_teacher_features(folder, name)
+            shape = found[kind].info.get("slots")   # an external teacher's: horizons, cameras, patches
+            slots[kind] = np.arange(math.prod(shape)).reshape(shape) if shape else load_teacher(folder).slots()
         w = w.take(covered(w, list(found.values())))
         if not len(w): raise ValueError(f"no window of split {split!r} is covered by both teachers' caches: see `cache` in configs/teachers.yaml")
     thoughts = None
@@ -133,7 +137,7 @@ def model_config(settings: LaSTSettings, name: "str | None", data: LaSTData, lar
     layout = layout_of(a, data.n_scene, groups.get("wm", 3), m.n_dyn, m.n_geo) if a else Layout(data.n_scene, 0, 0, 0)
     teachers = {k: (s.shape[0], s.shape[2] * len(m.cameras), data.teachers[k].values.shape[-1]) for k, s in data.slots.items() if a and k in a.teachers}
     big = a.large if a else large
-    return LaSTConfig(m.large if big else m.backbone, layout, (tuple(m.grid),) * len(m.cameras), data.features.shape[-1], teachers, m.adapter_width, m.adapter_layers, bool(a and a.feedback), m.family, m.pretrained)
+    return LaSTConfig(m.large if big else m.backbone, layout, (tuple(m.grid),) * len(m.cameras), data.features.shape[-1], teachers, m.adapter_width, m.adapter_layers, bool(a and a.feedback), (m.large_family or m.family) if big else m.family, m.pretrained)
 
 
 def save_model(folder: "str | Path", model: LaSTVLA, **more):

@@ -17,8 +17,7 @@ from ...core.paths import atomic_dir, atomic_write, read_json
 from ...core.progress import progress
 from ...data.navsim import NavsimReader, load_split
 from ...data.windows import Windows
-from ...models.features import encode_images
-from ...models.visual_encoder import load_encoder
+from ...models.eyes import Eyes, load_eyes
 from ...scoring.pdm.minidrive import cache_from_scene, scorable_keyframes
 from ...scoring.pdm.scene import save_cache
 from ...world.nuscenes_writer import Tokens
@@ -52,36 +51,37 @@ def _row(reader: NavsimReader, token: str, log: str, split: str, i: int) -> tupl
 
 
 def see_synthetic(
-    reader: NavsimReader,        # two frames of images
-    encoder: "str | Path",
+    reader: NavsimReader,        # made with the eyes' `reading`
+    eyes: Eyes,
     tokens: list, logs: list, splits: list,
     batch: int = 64,
 ) -> "tuple[Windows, np.ndarray]":  # windows, and their visual tokens (n, v, d); `keyframe` counts rows of these
     "Synthetic windows (recoveries, second-stage frames) with what the encoder sees in them."
     rows = [_row(reader, t, log, s, i) for i, (t, log, s) in enumerate(zip(tokens, logs, splits))]
     types = ("U32", "U64", "U16", bool, np.int32, np.int32, np.float32, bool, np.float32, bool, np.int64, np.float32, np.float32, bool, np.int32)
-    net, seen = load_encoder(encoder), []
+    seen = []
     for i in progress(range(0, len(tokens), batch), "pictures off the log"):
         images, valid = zip(*(reader.images(t) for t in tokens[i:i + batch]))
-        seen.append(encode_images(net, np.stack(images).transpose(0, 1, 2, 4, 5, 3), np.stack(valid).all(1)).numpy())
-    return Windows(*(np.array(c, t) for c, t in zip(zip(*rows), types))), np.concatenate(seen).astype(np.float16)
+        seen.append(eyes(np.stack(images), np.stack(valid).all(1)))
+    return Windows(*(np.array(c, t) for c, t in zip(zip(*rows), types))), np.concatenate(seen)
 
 # %% ../../../nbs/60_methods/spanvla/45_pairs.ipynb #c008
 def read_pairs(
-    root: "str | Path",          # data root of a minidrive world
-    encoder: "str | Path",       # folder of the trained encoder
+    navsim: "str | Path",        # holds navsim_logs, sensor_blobs, train_test_split and suboptimal, as in a minidrive world
+    encoder: "str | Path",       # folder of the encoder, see `load_eyes`
     splits: tuple = ("train",),  # of the scenes
     batch: int = 64,
 ) -> Pairs:
-    "The world's negative and recovery windows."
-    navsim = Path(root) / "navsim"
+    "The negative and recovery windows that suboptimal/pairs.json lists."
+    navsim, eyes = Path(navsim), load_eyes(encoder)
+    if not (navsim / "suboptimal" / "pairs.json").is_file(): raise FileNotFoundError(f"{navsim} has no suboptimal/pairs.json, the list of negative and recovery drives: a minidrive world has one; for drives of your own see docs in nbs/60_methods/spanvla/45_pairs.ipynb")
     folder, keep, _ = load_split(navsim / "train_test_split", "suboptimal")
     wanted = [(p[label], p["log"], p["split"], label, p["kind"]) for p in read_json(navsim / "suboptimal/pairs.json") if p["split"] in splits for label in ("negative", "recovery")]
-    if not wanted: raise ValueError(f"{root} has no pairs in scenes of {splits}: a world of more scenes has some")
-    reader = NavsimReader(navsim / "navsim_logs" / folder, navsim / "sensor_blobs" / folder, keep, n_frames=2,
+    if not wanted: raise ValueError(f"{navsim} has no pairs in scenes of {splits}: a world of more scenes has some")
+    reader = NavsimReader(navsim / "navsim_logs" / folder, navsim / "sensor_blobs" / folder, keep, **eyes.reading,
                           synthetic=navsim / "suboptimal/synthetic_scene_pickles", synthetic_blobs=navsim / "suboptimal/sensor_blobs")
     tokens, logs, of, kind, fault = map(list, zip(*wanted))
-    windows, features = see_synthetic(reader, encoder, tokens, logs, of, batch)
+    windows, features = see_synthetic(reader, eyes, tokens, logs, of, batch)
     return Pairs(windows, np.array(kind), np.array(fault), features)
 
 

@@ -35,6 +35,7 @@ class Places:
     navsim: "Path | None"      # OPENSCENE_DATA_ROOT
     filters: "Path | None"     # train_test_split of the devkit
     caches: "Path | None"      # scene caches, a folder a split
+    teachers: "Path | None" = None  # features of LaST-VLA's teachers: geometry/ and dynamics/
 
 
 def places(
@@ -51,7 +52,7 @@ def places(
     devkit = at(more.get("devkit") or os.environ.get("NAVSIM_DEVKIT_ROOT"))
     own = logs / "train_test_split" if logs is not None else None
     filters = own if own is not None and own.is_dir() else devkit / "navsim" / "planning" / "script" / "config" / "common" / "train_test_split" if devkit is not None else None
-    return Places(base, version or data.get("version", "v1.0-trainval"), logs, filters, at(caches or more.get("caches")))
+    return Places(base, version or data.get("version", "v1.0-trainval"), logs, filters, at(caches or more.get("caches")), at(p.get("teachers")))
 
 # %% ../../nbs/20_data/77_real_sets.ipynb #c009
 FOLDERS = {"navtrain": "trainval", "navtest": "test"}   # split -> folder of its logs

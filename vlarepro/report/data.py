@@ -142,7 +142,8 @@ def find_navsim(p: Places) -> list:  # rows of `_row`, the split in the part's n
         cached = {v: {q.name.split(".")[0] for q in (p.caches / split).glob(f"*.{v}.npz")} & wanted if p.caches else set() for v in versions}
         out.append(_row("NAVSIM", f"{split}: scene caches", NAVSIM_PARTS["scene caches"], min(map(len, cached.values())), len(wanted), "" if p.caches else "no folder given (navsim.caches)"))
     drives = p.navsim / "suboptimal" / "pairs.json"
-    out.append(_row("NAVSIM", "negative and recovery drives", NAVSIM_PARTS["negative and recovery drives"], len(read_json(drives)) if drives.is_file() else 0, len(read_json(drives)) if drives.is_file() else 1))
+    n = len(json.loads(drives.read_text(encoding="utf-8"))) if drives.is_file() else 0
+    out.append(_row("NAVSIM", "negative and recovery drives", NAVSIM_PARTS["negative and recovery drives"], n, n or 1))
     return out
 
 

@@ -173,6 +173,16 @@ def test_lock_is_what_runs_and_it_imports():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_no_undefined_names():
+    "ruff cannot judge names inside shape annotations, so the rule is off in its run over the repository; here it counts outside of strings."
+    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "vlarepro", "tools", "tests"], cwd=ROOT, capture_output=True, text=True)
+    def in_string(e):
+        line = Path(e["filename"]).read_text(encoding="utf-8").splitlines()[e["location"]["row"] - 1]
+        return line[:e["location"]["column"] - 1].count('"') % 2
+    wrong = [(e["filename"], e["location"]["row"], e["message"]) for e in json.loads(found.stdout) if not in_string(e)]
+    assert not wrong, wrong
+
+
 def test_no_hosts_or_machine_paths():
     bad = []
     for p in tracked():

@@ -175,7 +175,9 @@ def test_lock_is_what_runs_and_it_imports():
 
 def test_no_undefined_names():
     "ruff cannot judge names inside shape annotations, so the rule is off in its run over the repository; here it counts outside of strings."
-    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "vlarepro", "tools", "tests"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "vlarepro", "tools", "tests"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
     def in_string(e):
         line = Path(e["filename"]).read_text(encoding="utf-8").splitlines()[e["location"]["row"] - 1]
         return line[:e["location"]["column"] - 1].count('"') % 2

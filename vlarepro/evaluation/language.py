@@ -9,7 +9,7 @@ __all__ = ['DRAWS', 'TABLES', 'ROWS', 'EXTRA', 'TRUE_BOXES', 'NOT_RUN_NOTE', 'IN
 
 # %% ../../nbs/80_evaluation/42_language.ipynb #c003
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -137,12 +137,19 @@ class Told:
     "The answers of all arms, one list for each seed."
     asked: Asked
     answers: dict          # arm -> [answers of each seed]
+    _found: dict = field(default_factory=dict, repr=False, compare=False)   # (arm, kind) -> parts, each worked out once
+
+    def parts(self, arm: str, kind: str) -> list:  # of each seed, see `qa_parts` and `caption_parts`
+        "What every column of a table is made of."
+        if (arm, kind) not in self._found:
+            self._found[arm, kind] = [qa_parts(a, self.asked) if kind == "qa" else caption_parts(a, self.asked, kind) for a in self.answers[arm]]
+        return self._found[arm, kind]
 
     def column(self, arm: str, kind: str, column: str) -> tuple:  # per seed (m, c); function of means; scenes
         if kind == "qa":
-            parts = [qa_parts(a, self.asked)[column] for a in self.answers[arm]]
+            parts = [p[column] for p in self.parts(arm, kind)]
             return [100 * r[m][:, None] for r, m in parts], lambda x: x[..., 0], self.asked.scene[self.asked.of("qa")][parts[0][1]]
-        parts = [caption_parts(a, self.asked, kind)[column] for a in self.answers[arm]]
+        parts = [p[column] for p in self.parts(arm, kind)]
         return [p[0] for p in parts], parts[0][1], self.asked.scene[self.asked.of(kind)]
 
 
@@ -210,7 +217,7 @@ def judge_language(
     scenes, values, subset = told.asked.scene[at], {}, {}
     for name, arm in (("o", ours), ("b", bev)):
         for c in INSTANCE:
-            parts = [qa_parts(a, told.asked)[c] for a in told.answers[arm]]
+            parts = [p[c] for p in told.parts(arm, "qa")]
             values[f"{name}/{c}"], subset[f"{name}/{c}"] = np.stack([100 * r for r, _ in parts]), parts[0][1]
     mean = lambda v, name: sum(mean_of(f"{name}/{c}")(v) for c in INSTANCE) / len(INSTANCE)
     instance = bootstrap_means(values, scenes, lambda v: mean(v, "b") - mean(v, "o"), rng=rng("language-tables", "C-C15/qa"), n=DRAWS, subset=subset)
@@ -222,10 +229,10 @@ def judge_language(
             "samples": len(np.unique(told.asked.token)), "seeds": n_seeds, "profile": profile, "note": note}
 
 # %% ../../nbs/80_evaluation/42_language.ipynb #c017
-def _plan(folder: Path, run: str, model, config, tokenizer, data: DriveData, seed: int):
+def _plan(folder: Path, run: str, model, config, tokenizer, data: DriveData, seed: int, device: str):
     "Paths of a planning run's own head, read from a language model's states."
     if run == "text": return plan_text(model, config, tokenizer, data)[:, 0]
-    states = cache_states(model, data, tokenizer, style=config.style)
+    states = cache_states(model, data, tokenizer, style=config.style, device=device)
     return plan_heads(load_part(folder / run / "ik")[0], config, states["current"], states["predicted"], 1, torch_rng("ikvla-plan", seed))[:, 0]
 
 
@@ -234,18 +241,21 @@ def plan_before_after(
     language: "str | Path",   # talking models: seed-<s>/<arm>
     arms: dict,               # arm -> group of its planning run
     seeds: list,
-    data: DriveData,
+    source: dict, rows: np.ndarray,  # arguments of `load_drives`, and the samples to plan
+    workers: int = 1, threads: int = 1, device: str = "cpu",
 ) -> dict:                    # arm -> ADE before and after [m]
     "ADE of each arm's planner before and after it learned to talk."
-    out = {}
-    for arm, group in arms.items():
-        run, ade = TALKERS[arm].run, {"before": [], "after": []}
-        for s in seeds:
-            folder = Path(sft) / group / f"seed-{s}"
-            models = {"before": load_part(folder / run / "llm")[0], "after": load_talker(Path(language) / f"seed-{s}" / arm)}
-            model, tokenizer, config, _ = models["after"]
-            for when, m in (("before", models["before"]), ("after", model)):
-                path = _plan(folder, run, m, config, tokenizer, data, s)
-                ade[when].append(float(np.linalg.norm(path[..., :2] - data.future[..., :2], axis=-1).mean()))
-        out[arm] = {f"ADE {k} [m]": float(np.mean(v)) for k, v in ade.items()}
-    return out
+    jobs = [(Path(sft) / group / f"seed-{s}", Path(language) / f"seed-{s}" / arm, TALKERS[arm].run, s, source, rows, device, threads) for arm, group in arms.items() for s in seeds]
+    done = iter(parallel_map(_before_after, jobs, "processes" if workers > 1 else "serial", workers, desc="plans before and after", threads=threads))
+    ade = {arm: np.mean([next(done) for _ in seeds], 0) for arm in arms}
+    return {arm: {"ADE before [m]": float(b), "ADE after [m]": float(a)} for arm, (b, a) in ade.items()}
+
+
+def _before_after(job) -> tuple:
+    "ADE [m] of one arm and seed, before and after."
+    folder, talker, run, seed, source, rows, device, threads = job
+    set_threads(threads)
+    data = load_drives(**source).take(rows)
+    model, tokenizer, config, _ = load_talker(talker)
+    paths = [_plan(folder, run, m.to(device), config, tokenizer, data, seed, device) for m in (load_part(folder / run / "llm")[0], model)]
+    return tuple(float(np.linalg.norm(p[..., :2] - data.future[..., :2], axis=-1).mean()) for p in paths)

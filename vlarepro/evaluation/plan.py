@@ -143,10 +143,8 @@ def _plain_tokenizer(): return train_tokenizer([*base_corpus(), *[SAYS] * 4], 10
 
 def encoder_tokens(profile: str) -> tuple:  # tokens of all cameras, width
     "What the encoder of a profile hands on."
-    try: m = load_config("encoder", profile)["model"]
-    except KeyError:
-        p = load_config("ikvla", profile)["latency"]["paper"]
-        return p["model"]["cameras"] * math.prod(x // 16 for x in p["image_hw"]), VIT_SIZES[p["vit"]]["hidden_size"]
+    m = load_config("encoder", profile)["model"]
+    if "source" in m: return m["views"] * math.prod(x // 16 for x in m["image_hw"]), VIT_SIZES[m["source"]]["hidden_size"]   # a published encoder: patches of 16 px
     return m["views"] * math.prod(m["token_grid"]), m["token_width"]
 
 # %% ../../nbs/80_evaluation/95_plan.ipynb #c010

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -276,7 +277,7 @@ def test_an_agent_gets_no_more_than_navsim_gives(root):
 
 
 def test_workers_and_restarts_change_nothing(root, tmp_path, monkeypatch):
-    import vlarepro.world.generate as g
+    g = import_module("vlarepro.world.generate")   # `import … as` would give the function of that name
     generate(tmp_path / "two", SIZE, seed=SEED, workers=2)
     monkeypatch.setattr(g, "SHARD", 3)
     with pytest.raises(Unfinished, match="1 of 4 shards"): generate(tmp_path / "parts", SIZE, seed=SEED, workers=1, minutes=0)
@@ -292,7 +293,7 @@ def test_workers_and_restarts_change_nothing(root, tmp_path, monkeypatch):
 
 
 def test_command_line(root, tmp_path, monkeypatch, capsys):
-    import vlarepro.world.generate as g
+    g = import_module("vlarepro.world.generate")   # `import … as` would give the function of that name
     from vlarepro.report.cli import main
     assert main(["world", "check", str(root), "--json"]) == 0
     d = json.loads(capsys.readouterr().out)

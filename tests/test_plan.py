@@ -126,11 +126,12 @@ def test_every_method_of_the_smallest_profile_is_planned():
 
 
 def test_a_true_size_stage_needs_to_be_divided():
-    "LaST-VLA with 3B parameters: 50 GB of states a card, a step of three thousand million parameters and more than six operations each and token."
-    job = next(j for j in lastvla_jobs("paper") if j.part == "direct stage1" or j.part == "full stage1")
-    p = lay(job, 8, card("h100-80"))
-    assert p.how.startswith("sharded") and p.memory < 80e9 and 3.0e9 < p.counted.parameters < 3.4e9
-    assert p.counted.flops > 6 * 2.7e9 * 256 * p.micro
+    "LaST-VLA: 50 GB of states a card with 3B parameters, 140 GB with 8B; a step has more than six operations for each parameter and token."
+    small, large = (next(j for j in lastvla_jobs("paper") if j.part == f"{n} stage1") for n in ("full", "full_large"))
+    p, q = lay(small, 8, card("h100-80")), lay(large, 8, card("h100-80"))
+    assert p.memory < 80e9 and q.memory < 80e9 and 3.0e9 < p.counted.parameters < 3.4e9 and 8.0e9 < q.counted.parameters < 9.2e9
+    assert not p.how.startswith("sharded") and q.how.startswith("sharded")
+    assert p.counted.flops > 6 * 2.7e9 * 196 * p.micro and q.counted.flops > 6 * 7.5e9 * 196 * q.micro
 
 
 def test_settings_decide(monkeypatch):

@@ -2,6 +2,7 @@
 import json
 import shutil
 import zipfile
+from importlib import import_module
 
 import matplotlib
 import numpy as np
@@ -220,7 +221,7 @@ def test_verify_names_the_first_difference(root, tmp_path):
 
 def test_a_failed_run_leaves_no_world(tmp_path, monkeypatch):
     "What is ready stays in a hidden folder, and only there; the next run goes on with it."
-    import vlarepro.world.generate as g
+    g = import_module("vlarepro.world.generate")   # `import … as` would give the function of that name
 
     def full(*a, **k): raise OSError(28, "No space left on device")
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...core.paths import read_json
 from ...decoding.decoder import LeanDecoder
-from .model import CompactTokenizer, DrivingLLM, ego_text, next_block, prompt_text, trajectory_text
+from .model import CompactTokenizer, DrivingLLM, HFTokenizer, ego_text, next_block, prompt_text, trajectory_text
 from .tasks import DriveData, current_features, ego_tensor, following_features
 from .visual_state import nsp_loss
 from ...models.backbones import seeded

@@ -59,7 +59,23 @@ def lay_out_openscene(world: Path, loose: Path, out: Path) -> dict:
     for extra in ("navhard_two_stage", "suboptimal"):
         for base in (world, loose):
             if (base / "navsim" / extra).is_dir(): shutil.copytree(base / "navsim" / extra, out / extra, dirs_exist_ok=True)
+        for path in sorted((out / extra / "synthetic_scene_pickles").glob("*.pkl")):
+            _own_pictures(path, loose / "navsim" / extra / "sensor_blobs", out / extra / "sensor_blobs")
     return times
+
+
+def _own_pictures(path: Path, source: Path, target: Path) -> None:
+    "Pictures that a synthetic scene shares with the tables become files below its own folder."
+    scene = load_plain(path)
+    for k, frame in enumerate(scene["frames"]):
+        for camera, entry in (frame.get("camera_dict") or frame["cams"]).items():
+            old = str(entry.get("data_path") or "")
+            if not old.startswith(".."): continue
+            new = f"{path.stem}/{camera}/{k}.jpg"
+            (target / new).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile((source / old).resolve(), target / new)
+            entry["data_path"] = new
+    dump_plain(scene, path)
 
 
 def _rings(pieces) -> dict:

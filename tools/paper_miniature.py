@@ -163,7 +163,8 @@ def write_models(out: Path) -> None:
     from vlarepro.data.tokenizer import base_corpus, train_tokenizer
     from vlarepro.models.backbones import build_llm, build_vit
     from vlarepro.models.vlm import build_vlm
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    layers = 5   # bridges read every second and every fourth
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1)
     tokenizer = train_tokenizer([*base_corpus(), "The road is free, so keep the speed and stay in the lane."] * 4, 600)
     models = {"qwen2.5-0.5b": build_llm(small, 1024, seed=0), "qwen2.5-vl-3b": build_vlm(small, 1024, seed=0),
               "qwen3-vl-8b": build_vlm({**small, "head_dim": 16}, 1024, seed=0, family="qwen3-vl")}

@@ -54,11 +54,12 @@ class TextPolicy(TokenPolicy):
         self.groups = {"llm": [p for p in model.parameters() if p.requires_grad]}
         self.ids, self.mask = prompt_ids(data, tokenizer, model.shape.n if model.sees else 0, 0, style=style)
         whole, tenths = ([tokenizer.id(t) for t in part] for part in (WHOLE, TENTHS))
-        self.value = torch.zeros(tokenizer.size, dtype=torch.float64)
+        rows = max(tokenizer.size, model.llm.config.vocab_size)   # a pretrained table has rows that stand for nothing
+        self.value = torch.zeros(rows, dtype=torch.float64)
         self.value[whole], self.value[tenths] = torch.tensor([float(t) for t in WHOLE], dtype=torch.float64), torch.tensor([float(t) for t in TENTHS], dtype=torch.float64)
-        self.minus = torch.zeros(tokenizer.size, dtype=torch.bool)
+        self.minus = torch.zeros(rows, dtype=torch.bool)
         self.minus[[i for i, t in zip(whole, WHOLE) if t[0] == "-"]] = True
-        self.closed = torch.ones(2, tokenizer.size, dtype=torch.bool, device=device)   # what may not stand at even and at odd places
+        self.closed = torch.ones(2, rows, dtype=torch.bool, device=device)   # what may not stand at even and at odd places
         self.closed[0, whole], self.closed[1, tenths] = False, False
 
     def condition(self, module, rows):

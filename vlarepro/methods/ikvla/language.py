@@ -19,7 +19,7 @@ from torch import nn
 
 from ...core.paths import read_json
 from ...decoding.decoder import LeanDecoder
-from .model import CompactTokenizer, DrivingLLM, ego_text, next_block, prompt_text, trajectory_text
+from .model import CompactTokenizer, DrivingLLM, HFTokenizer, ego_text, next_block, prompt_text, trajectory_text
 from .tasks import DriveData, current_features, ego_tensor, following_features
 from .visual_state import nsp_loss
 from ...models.backbones import seeded
@@ -151,7 +151,8 @@ def grow_vocabulary(
     seed: int = 0,         # of the new rows
 ) -> DrivingLLM:
     "Room for the tokenizer's words in the embedding."
-    if tokenizer.size < model.llm.config.vocab_size: raise ValueError(f"the tokenizer has {tokenizer.size} rows, the model already {model.llm.config.vocab_size}: give the tokenizer of the corpus, made from all training texts")
+    spare = isinstance(tokenizer, HFTokenizer)   # a pretrained table has rows that stand for nothing
+    if tokenizer.size < model.llm.config.vocab_size and not spare: raise ValueError(f"the tokenizer has {tokenizer.size} rows, the model already {model.llm.config.vocab_size}: give the tokenizer of the corpus, made from all training texts")
     if tokenizer.size > model.llm.config.vocab_size: seeded(lambda: model.llm.resize_token_embeddings(tokenizer.size, mean_resizing=False), seed + 3)
     return model
 

@@ -135,7 +135,7 @@ class SpanVLA(nn.Module):
         def parts(): self.status = nn.Sequential(nn.Linear(HISTORY, self.vlm.width), nn.GELU(), nn.Linear(self.vlm.width, self.vlm.width))
         seeded(parts, seed + 2)
         self.scale = Normaliser((HISTORY,))
-        closed = torch.zeros(padded_size(tokenizer), dtype=torch.bool)
+        closed = torch.zeros(self.vlm.hf.get_input_embeddings().num_embeddings, dtype=torch.bool)   # a pretrained table has rows that stand for nothing
         closed[[self.scene, self.ego, tokenizer.pad_token_id]] = True
         self.register_buffer("closed", closed, persistent=False)   # placeholders, which nobody may write
         self.to(self.vlm.device)

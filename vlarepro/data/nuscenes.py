@@ -16,13 +16,10 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
-from nuscenes import NuScenes
-from nuscenes.can_bus.can_bus_api import NuScenesCanBus
-from nuscenes.utils.splits import create_splits_scenes
 
 from ..core.params import nearest
 from ..core.paths import read_json
-from .images import RESIZE_MODES, Blobs, decode, fit
+from .images import RESIZE_MODES, Blobs, decode, fit, fit_map
 from .sample import BOX_STEPS, COMMANDS, POINTS, Sample
 
 # %% ../../nbs/20_data/30_nuscenes.ipynb #c006
@@ -135,7 +132,9 @@ def split_lists(
     "The splits of a version: its splits.json if there is one, devkit's for the real data, else none."
     path = Path(root) / version / "splits.json"
     if path.is_file(): return read_json(path)
-    return create_splits_scenes() if version in REAL_VERSIONS else {}
+    if version not in REAL_VERSIONS: return {}
+    from nuscenes.utils.splits import create_splits_scenes
+    return create_splits_scenes()
 
 
 def split_of(
@@ -187,8 +186,11 @@ class CanBus:
     def __init__(self,
                  root: "str | Path"):  # the data root
         self.root = Path(root)
-        self.api = NuScenesCanBus(str(root)) if (self.root / "can_bus").is_dir() else None
-        if self.api: self.api.can_blacklist = []
+        self.api = None
+        if not (self.root / "can_bus").is_dir(): return
+        from nuscenes.can_bus.can_bus_api import NuScenesCanBus
+        self.api = NuScenesCanBus(str(root))
+        self.api.can_blacklist = []
 
     def messages(self, scene: str, kind: str):
         "The raw messages of one kind, or None."
@@ -237,6 +239,7 @@ class NuScenesReader:
         self.root, self.version, self.split, self.cameras, self.point = Path(root), version, split, tuple(cameras), point
         self.n_frames, self.image_size, self.resize, self.command_source, self.ego_mode = n_frames, image_size, resize, command, ego_status
         self.blobs, self.can = Blobs(root), CanBus(root)
+        from nuscenes import NuScenes  # here, because it brings scikit-learn: two seconds of every process that only needs this module's types
         try:
             self.nusc = NuScenes(version=version, dataroot=str(root), verbose=False)
             self._index()
@@ -427,7 +430,7 @@ def camera(
     self: NuScenesReader,
     token: str,          # a keyframe
     channel: str,        # such as CAM_FRONT
-) -> "tuple[np.ndarray, np.ndarray]":  # intrinsic (3, 3) of the stored image, and (4, 4) from the sample's frame to the camera's
+) -> "tuple[np.ndarray, np.ndarray]":  # intrinsic (3, 3) of the image as it is read, and (4, 4) from the sample's frame to the camera's
     "Calibration of one view, ego motion between lidar and camera time included."
     n = self.nusc
     data = n.get("sample", token)["data"]
@@ -439,7 +442,8 @@ def camera(
     origin = np.array(pose["translation"]) + R_ego @ np.array(cal["translation"])
     i, out = self.row[token], np.eye(4)
     out[:3, :3], out[:3, 3] = to_world.T @ self._R[i], to_world.T @ (self._p[i] - origin)
-    return np.array(cal["camera_intrinsic"], float), out
+    K = np.array(cal["camera_intrinsic"], float)
+    return fit_map((d["height"], d["width"]), self.image_size, self.resize) @ K if self.image_size else K, out
 
 # %% ../../nbs/20_data/30_nuscenes.ipynb #c043
 @patch

@@ -39,8 +39,7 @@ from .variance_floor import Moments
 from ..methods.ikvla.arms import arm, head_key
 from ..methods.ikvla.planner import load_part, make_tokenizer, plan_heads, plan_table
 from ..methods.ikvla.tasks import DriveData, cache_states, following_features
-from ..models.features import encode_images
-from ..models.visual_encoder import VisualEncoder
+from ..models.eyes import Eyes
 from ..world.cameras import Camera
 
 # %% ../../nbs/80_evaluation/70_ikvla_analyses.ipynb #c006
@@ -175,7 +174,8 @@ def front_camera(reader: NuScenesReader, token: str, channel: str = "CAM_FRONT")
     "The camera of a keyframe as the renderer knows it, in the ego frame."
     d = reader.nusc.get("sample_data", reader.nusc.get("sample", token)["data"][channel])
     c = reader.nusc.get("calibrated_sensor", d["calibrated_sensor_token"])
-    return Camera(channel, np.array(c["camera_intrinsic"], float), rotations(c["rotation"]), np.array(c["translation"], float), d["width"], d["height"])
+    h, w = reader.image_size or (d["height"], d["width"])
+    return Camera(channel, reader.camera(token, channel)[0], rotations(c["rotation"]), np.array(c["translation"], float), w, h)
 
 
 
@@ -188,27 +188,28 @@ def front_views(reader: NuScenesReader, tokens: list, channel: str = "CAM_FRONT"
 # %% ../../nbs/80_evaluation/70_ikvla_analyses.ipynb #c014
 def cam_maps(
     c: Checkpoints, name: str, seed: int, data: DriveData,
-    encoder: VisualEncoder, images: UInt8[np.ndarray, "m 2 v h w 3"], view: int,
+    eyes: Eyes, images: UInt8[np.ndarray, "m 2 v h w 3"], view: int,
 ) -> dict:                  # grain -> (m, h, w) maps of one camera
-    "GradCAM maps of an arm at every grain that it has."
+    "GradCAM maps of an arm at every grain that it has: a convolution is our own encoder's alone."
     model, head, config = c.parts(name, seed)
-    tokenizer, hw, grid, how = make_tokenizer(config), images.shape[3:5], encoder.cfg.token_grid, {"style": config.style}
+    tokenizer, hw, grid, how = make_tokenizer(config), images.shape[3:5], eyes.token_grid, {"style": config.style}
     g, one, out = feature_gradients(model, head, tokenizer, data, **how), slice(view, view + 1), {}
     if model.shape.n > model.shape.cameras: out["llm"] = pixel_maps(saliency(model, head, tokenizer, data, **how)[:, one], grid, config.merge, hw)[:, 0]
     out["tokens"] = pixel_maps(feature_cam(data, g, model.shape.cameras)[:, one], grid, 1, hw)[:, 0]
-    fine = conv_cam(encoder, images, g)[:, view]
+    if not eyes.ours: return out
+    fine = conv_cam(eyes.net, images, g)[:, view]
     out["conv"] = pixel_maps(fine.reshape(len(fine), 1, -1), fine.shape[1:], 1, hw)[:, 0]
     return out
 
 
-def _gradcam(c, data, encoder, images, masks, view, name, seed):
-    maps = cam_maps(c, name, seed, data, encoder, images, view)
+def _gradcam(c, data, eyes, images, masks, view, name, seed):
+    maps = cam_maps(c, name, seed, data, eyes, images, view)
     got = alignment_scores(maps, masks)[0]
     return {g: got[g] for g in maps}, {g: m.astype(np.float16) for g, m in maps.items()} if seed == c.seeds[name][0] else {}
 
 
 def run_gradcam(
-    c: Checkpoints, arms: list, data: DriveData, encoder: VisualEncoder,
+    c: Checkpoints, arms: list, data: DriveData, eyes: Eyes,
     images: UInt8[np.ndarray, "m 2 v h w 3"], masks: Bool[np.ndarray, "m h w"], view: int,
     each=here,
 ) -> dict:      # <grain>/<arm>/<metric> -> (s, k) scores on the samples with an object; rows (k,); example/<arm> maps of the first seed
@@ -216,7 +217,7 @@ def run_gradcam(
     blind, rows = alignment_scores({}, masks)
     out, todo = {f"none/{b}/{k}": v[None] for b, s in blind.items() for k, v in s.items()}, [(a, s) for a in arms for s in c.seeds[a]]
     scores = {a: [] for a in arms}
-    for (name, _), (got, maps) in zip(todo, each(_gradcam, todo, c, compact(data), encoder, images, masks, view, desc="GradCAM")):
+    for (name, _), (got, maps) in zip(todo, each(_gradcam, todo, c, compact(data), eyes, images, masks, view, desc="GradCAM")):
         scores[name].append(got)
         out |= {f"example/{g}/{name}": m for g, m in maps.items()}
     return out | {f"{g}/{a}/{k}": np.stack([x[g][k] for x in s]) for a, s in scores.items() for g in s[0] for k in s[0][g]} | {"rows": rows}
@@ -315,23 +316,24 @@ def carried_rows(
 MODES = ("standing", "appears")  # in both frames, or in the present one alone
 
 
-def encode_pairs(encoder: VisualEncoder, images: UInt8[np.ndarray, "m 2 v h w 3"]) -> Float[np.ndarray, "m tokens d"]:
-    "The encoder's tokens of frame pairs with all cameras."
-    return np.concatenate([encode_images(encoder, images[i:i + 64], np.ones((len(images[i:i + 64]), images.shape[2]), bool)).numpy() for i in range(0, len(images), 64)])
+def encode_pairs(eyes: Eyes, images: UInt8[np.ndarray, "m 2 v h w 3"]) -> Float[np.ndarray, "m tokens d"]:
+    "The encoder's tokens of frame pairs with all cameras, as the cache has them."
+    x, valid = images.transpose(0, 1, 2, 5, 3, 4), np.ones((len(images), images.shape[2]), bool)
+    return np.concatenate([eyes(x[i:i + 64], valid[i:i + 64]) for i in range(0, len(x), 64)]).astype(np.float32)
 
 
-def _stitched(encoder, images, camera, view, speed_mps, mode, placement):
-    if not mode: return encode_pairs(encoder, images)
-    return encode_pairs(encoder, next(stitched_sets(images, camera, view, speed_mps, {placement: PLACEMENTS[placement]}, mode))[1])
+def _stitched(eyes, images, camera, view, speed_mps, mode, placement):
+    if not mode: return encode_pairs(eyes, images)
+    return encode_pairs(eyes, next(stitched_sets(images, camera, view, speed_mps, {placement: PLACEMENTS[placement]}, mode))[1])
 
 
 def stitched_features(
-    encoder: VisualEncoder, images: UInt8[np.ndarray, "m 2 v h w 3"], camera: Camera, view: int, speed_mps: Float[np.ndarray, " m"],
+    eyes: Eyes, images: UInt8[np.ndarray, "m 2 v h w 3"], camera: Camera, view: int, speed_mps: Float[np.ndarray, " m"],
     modes: tuple = MODES, each=here,
 ) -> dict:      # (mode, placement) -> (m, tokens, d); ("", "") without a sprite
     "The encoder's tokens of all images, without and with the sprite: made once, read by every planner."
     todo = [("", ""), *((m, p) for m in modes for p in PLACEMENTS)]
-    return dict(zip(todo, each(_stitched, todo, encoder, images, camera, view, np.asarray(speed_mps), desc="stitch and encode")))
+    return dict(zip(todo, each(_stitched, todo, eyes, images, camera, view, np.asarray(speed_mps), desc="stitch and encode")))
 
 
 def stitched_planner(
@@ -374,13 +376,13 @@ def feature_changes(
 
 
 def stitch_examples(
-    c: Checkpoints, arms: list, data: DriveData, encoder: VisualEncoder, images, camera: Camera, view: int, draws: int,
+    c: Checkpoints, arms: list, data: DriveData, eyes: Eyes, images, camera: Camera, view: int, draws: int,
 ) -> dict:      # front images before and after every placement, and mean paths of every arm
     "Pictures and paths of a few samples for the figures."
     plan = stitched_planner(c, arms, min(c.seeds[arms[0]]), data, draws)
     sets = {"before": images, **dict(stitched_sets(images, camera, view, data.ego[:, 0]))}
     out = {f"image/{k}": x[:, 1, view] for k, x in sets.items()}
-    for k, x in sets.items(): out |= {f"path/{k}/{a}": p[..., :2].mean(1) for a, p in plan(encode_pairs(encoder, x)).items()}
+    for k, x in sets.items(): out |= {f"path/{k}/{a}": p[..., :2].mean(1) for a, p in plan(encode_pairs(eyes, x)).items()}
     return out | {"future": data.future[..., :2], "token": data.token}
 
 # %% ../../nbs/80_evaluation/70_ikvla_analyses.ipynb #c022

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from ..core.params import strict
 from ..core.progress import progress
@@ -48,18 +49,21 @@ class CostModel:
     "Sizes to time: an image encoder and IK-VLA's settings."
     model: IKVLAConfig
     image_hw: tuple            # of every camera [px]
-    vit: str = ""              # a size of VIT_SIZES; "": the profile's own encoder
+    vit: str = ""              # a size of VIT_SIZES or a published one's folder; "": our own encoder
     encoder: "EncoderConfig | None" = None
 
     @property
     def tokens(self) -> tuple:  # encoder tokens of all cameras, their width
         if not self.vit: return self.encoder.n_tokens, self.encoder.token_width
-        return self.model.cameras * (self.image_hw[0] // 16) * (self.image_hw[1] // 16), VIT_SIZES[self.vit]["hidden_size"]
+        return self.model.cameras * (self.image_hw[0] // 16) * (self.image_hw[1] // 16), _numbers(self.vit, VIT_SIZES)["hidden_size"]
 
 
-def _random_llm(size) -> dict:
-    "The numbers of a size, so that no weights are looked for."
-    return LLM_SIZES[size] if isinstance(size, str) else size
+def _numbers(size: "str | dict", known: dict) -> dict:
+    "The numbers of a size or of a checkpoint's folder, so that no weights are looked for."
+    if isinstance(size, dict): return size
+    if size in known: return known[size]
+    about = AutoConfig.from_pretrained(size)
+    return {k: getattr(about, k) for k in next(iter(known.values()))}
 
 
 def cost_calls(
@@ -70,7 +74,7 @@ def cost_calls(
     "The parts of IK-VLA and of the text baseline, ready to be timed; weights are random."
     (n_tokens, width), cfg, tok = m.tokens, m.model, CompactTokenizer()
     shape, one = cfg.shape(n_tokens, width), synthetic_drives(1, tokens=n_tokens, width=width).take(np.array([0]))
-    llm = DrivingLLM(shape, tok, _random_llm(cfg.llm)).to(device).eval().requires_grad_(False)
+    llm = DrivingLLM(shape, tok, _numbers(cfg.llm, LLM_SIZES)).to(device).eval().requires_grad_(False)
     ik = build_head("ik", shape, cfg.head_width, cfg.head_heads, cfg.diffusion_steps).fit(torch.as_tensor(one.future[..., :2], dtype=torch.float32)).to(device).eval().requires_grad_(False)
     row, ego = np.array([0]), ego_tensor(one, np.array([0]), device)
     features = current_features(one, row, device=device)
@@ -98,7 +102,7 @@ def _quiet(call, device):
 def _eyes(m: CostModel, device):
     "One sample's images through the encoder."
     if m.vit:
-        vit = build_vit(m.vit, device=device).eval().requires_grad_(False)
+        vit = build_vit(_numbers(m.vit, VIT_SIZES), device=device).eval().requires_grad_(False)
         pixels = torch.zeros(1, m.model.cameras, 3, *m.image_hw, device=device)
         return lambda: patch_tokens(vit, pixels)
     encoder = VisualEncoder(m.encoder).eval().requires_grad_(False)
@@ -127,6 +131,7 @@ def cost_models(
     encoder: dict,      # model of configs/encoder.yaml
 ) -> "dict[str, CostModel]":
     "The paper's sizes and the profile's own."
-    p, eyes = latency["paper"], strict(EncoderConfig, {k: tuple(v) if isinstance(v, list) else v for k, v in encoder.items()})
+    p, as_tuples = latency["paper"], {k: tuple(v) if isinstance(v, list) else v for k, v in encoder.items()}
+    eyes = None if "source" in encoder else strict(EncoderConfig, as_tuples)
     big = CostModel(strict(IKVLAConfig, p["model"]), tuple(p["image_hw"]), p["vit"])
-    return {"paper": big, "profile": CostModel(strict(IKVLAConfig, own), eyes.image_hw, "", eyes)}
+    return {"paper": big, "profile": CostModel(strict(IKVLAConfig, own), as_tuples["image_hw"], encoder.get("source", ""), eyes)}

@@ -28,7 +28,7 @@ from ..methods.spanvla.codebook import to_tokens
 from ..methods.spanvla.model import Drives, drives_of
 from ..methods.spanvla.pairs import load_pairs, see_synthetic
 from ..methods.spanvla.planner import Lora, Plans, load_bridge, load_model, plan_drives, with_lora
-from ..models.eyes import load_eyes
+from ..models.eyes import Eyes
 from ..scoring.pdm.adopt import official_groups
 from ..scoring.pdm.navhard import navhard_groups
 from ..scoring.pdm.scene import load_cache
@@ -121,7 +121,7 @@ def navhard_drives(
     model,                        # SpanVLA, for its prompt
 ) -> Drives:                      # of all frames, in the order of the groups
     "The drives to plan navhard's groups."
-    navsim, eyes = Path(navsim), load_eyes(encoder)
+    navsim, eyes = Path(navsim), Eyes(encoder)
     caches = [c for g in found for c in g.caches()]
     row = {t: i for i, t in enumerate(windows.token.tolist())}
     real, made = [c for c in caches if not c.synthetic], [c for c in caches if c.synthetic]

@@ -17,7 +17,7 @@ from ...core.paths import atomic_dir, atomic_write, read_json
 from ...core.progress import progress
 from ...data.navsim import NavsimReader, load_split
 from ...data.windows import Windows
-from ...models.eyes import Eyes, load_eyes
+from ...models.eyes import Eyes
 from ...scoring.pdm.minidrive import cache_from_scene, scorable_keyframes
 from ...scoring.pdm.scene import save_cache
 from ...world.nuscenes_writer import Tokens
@@ -68,12 +68,12 @@ def see_synthetic(
 # %% ../../../nbs/60_methods/spanvla/45_pairs.ipynb #c008
 def read_pairs(
     navsim: "str | Path",        # holds navsim_logs, sensor_blobs, train_test_split and suboptimal, as in a minidrive world
-    encoder: "str | Path",       # folder of the encoder, see `load_eyes`
+    encoder: "str | Path",       # folder of the encoder, see `Eyes`
     splits: tuple = ("train",),  # of the scenes
     batch: int = 64,
 ) -> Pairs:
     "The negative and recovery windows that suboptimal/pairs.json lists."
-    navsim, eyes = Path(navsim), load_eyes(encoder)
+    navsim, eyes = Path(navsim), Eyes(encoder)
     if not (navsim / "suboptimal" / "pairs.json").is_file(): raise FileNotFoundError(f"{navsim} has no suboptimal/pairs.json, the list of negative and recovery drives: a minidrive world has one; for drives of your own see docs in nbs/60_methods/spanvla/45_pairs.ipynb")
     folder, keep, _ = load_split(navsim / "train_test_split", "suboptimal")
     wanted = [(p[label], p["log"], p["split"], label, p["kind"]) for p in read_json(navsim / "suboptimal/pairs.json") if p["split"] in splits for label in ("negative", "recovery")]

@@ -22,6 +22,7 @@ __getattr__, __dir__ = lazy_api("vlarepro.scoring.pdm", {
     "cache_from_nuscenes": "nuscenes",
     "cache_from_scene": "minidrive",
     "caches_from_scene": "minidrive",
+    "draw_plans": "picture",
     "extended_comfort": "comfort",
     "hold_lights": "tracks",
     "interpolate_tracks": "tracks",

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import shapely
 from jaxtyping import Float, Int64
-from nuscenes.map_expansion.arcline_path_utils import discretize_lane
 
 from ...core.notation import wrap_angle
 from ...core.params import nearest
@@ -100,7 +99,9 @@ class ExpansionMap:
 def _lane_record(m: ExpansionMap, r: dict, connector: bool) -> "dict | None":
     "Outline and centre line of one lane or connector; None when the map has neither."
     path, shape = m.layers["arcline_path_3"].get(r["token"]), m.shape(r.get("polygon_token", ""))
-    if path: center = np.array(discretize_lane(path, 1.0), float).reshape(-1, 3)
+    if path:
+        from nuscenes.map_expansion.arcline_path_utils import discretize_lane
+        center = np.array(discretize_lane(path, 1.0), float).reshape(-1, 3)
     elif "from_edge_line_token" in r and "to_edge_line_token" in r:  # no arcs: the line between its ends
         center = center_line(np.stack([m.points(m.line[r[k]]["node_tokens"]).mean(0) for k in ("from_edge_line_token", "to_edge_line_token")]))
     else: return None

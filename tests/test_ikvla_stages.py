@@ -9,9 +9,9 @@ import torch
 from vlarepro.core.hardware import hardware, write_hardware
 from vlarepro.data.nuscenes import NuScenesReader
 from vlarepro.data.table import build_table
+from vlarepro.evaluation.analyses_file import Analyses
 from vlarepro.evaluation.gradcam import feature_gradients, planning_loss
 from vlarepro.evaluation.ikvla_analyses import (
-    Analyses,
     Checkpoints,
     Crew,
     compact,
@@ -35,7 +35,8 @@ from vlarepro.methods.ikvla.model import CompactTokenizer, DrivingLLM
 from vlarepro.methods.ikvla.planner import IKVLAConfig, make_head, make_llm, save_part
 from vlarepro.methods.ikvla.tasks import current_features, synthetic_drives
 from vlarepro.methods.ikvla.visual_state import StateShape
-from vlarepro.models.visual_encoder import EncoderConfig, VisualEncoder
+from vlarepro.models.eyes import Eyes
+from vlarepro.models.visual_encoder import EncoderConfig, VisualEncoder, save_encoder
 from vlarepro.report.ikvla import in_image
 from vlarepro.report.tables import load_results
 from vlarepro.world.cameras import camera_rig, project
@@ -170,13 +171,13 @@ def test_compact_drives_read_the_same(trained):
     assert np.array_equal(light.features[light.next_keyframe], some.features[some.next_keyframe])
 
 
-def test_a_sprite_moves_only_who_sees(trained):
+def test_a_sprite_moves_only_who_sees(trained, tmp_path):
     c, drives = trained
     n, g = 3, np.random.default_rng(0)
-    encoder = VisualEncoder(EncoderConfig((64, 128), 3, (4, 8, 8, 8, 8), (2, 4), 8, 16)).eval().requires_grad_(False)
+    save_encoder(tmp_path / "encoder", VisualEncoder(EncoderConfig((64, 128), 3, (4, 8, 8, 8, 8), (2, 4), 8, 16)), {})
     images = g.integers(60, 200, (n, 2, 3, 64, 128, 3)).astype(np.uint8)
     some = drives.take(np.arange(n))
-    tokens = stitched_features(encoder, images, camera_rig((128, 64))[1], 1, some.ego[:, 0])
+    tokens = stitched_features(Eyes(tmp_path / "encoder"), images, camera_rig((128, 64))[1], 1, some.ego[:, 0])
     change = run_stitching(c, ["ikvla", "opendrivevla"], some, tokens, 2)
     assert {k: v.shape for k, v in change.items() if k.endswith("Near")} == {"standing/ikvla/Near": (3, n), "appears/ikvla/Near": (1, n),
                                                                               "standing/opendrivevla/Near": (1, n), "appears/opendrivevla/Near": (1, n)}

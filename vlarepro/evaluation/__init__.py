@@ -10,7 +10,7 @@ from ..core.lazy import lazy_api
 
 __getattr__, __dir__ = lazy_api("vlarepro.evaluation", {
     "alignment_table": "alignment",
-    "Analyses": "ikvla_analyses",
+    "Analyses": "analyses_file",
     "beneficial_table": "beneficial",
     "Checkpoints": "ikvla_analyses",
     "corruption_curve": "corruption",

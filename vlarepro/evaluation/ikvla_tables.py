@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 from ..core.seeds import rng
 from .beneficial import beneficial_groups, beneficial_table, endpoint_error
 from .ikvla import DRAWS, EXTRA_ROWS, ArmScores
-from .ikvla_analyses import Analyses, carried_rows
+from .analyses_file import Analyses, carried_rows
 from .navsim_arms import NavsimScores
 from .nsp_quality import plan_l2
 from .stitching import PLACEMENTS, given_reaction, paired_control

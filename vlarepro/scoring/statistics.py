@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats
 
 from ..core.params import nearest
@@ -79,6 +79,12 @@ def _interval(value: float, draws: np.ndarray, level: float) -> Interval:
     return Interval(value, float(low), float(high))
 
 # %% ../../nbs/30_scoring/60_statistics.ipynb #c011
+def _counts(rng: np.random.Generator, k: int, m: int, n: int) -> Int[np.ndarray, "n k"]:
+    "How often each of k clusters comes up in m draws, n times: multinomial, and three times faster than numpy's where all are equally likely."
+    pick = rng.integers(k, size=(n, m)) + k * np.arange(n)[:, None]
+    return np.bincount(pick.ravel(), minlength=n * k).reshape(n, k)
+
+
 def _group_sums(x: Float[np.ndarray, "s n"], index: np.ndarray, n_clusters: int) -> Float[np.ndarray, "s c"]:
     return np.stack([np.bincount(index, row, n_clusters) for row in x])
 
@@ -102,8 +108,8 @@ def bootstrap_means(
     with np.errstate(invalid="ignore", divide="ignore"): value = float(statistic({a: v[:, keep[a]].mean() for a, v in arms.items()}))
     if min(len(np.unique(index[k])) for k in keep.values()) < 2: return Interval(value, None, None)
     n_seeds = sorted({len(v) for v in arms.values()})
-    scenes = rng.multinomial(n_clusters - 1, np.full(n_clusters, 1 / n_clusters), size=n).astype(np.float64)
-    seeds = {s: rng.multinomial(max(s - 1, 1), np.full(s, 1 / s), size=n) / max(s - 1, 1) for s in n_seeds}
+    scenes = _counts(rng, n_clusters, n_clusters - 1, n).astype(np.float64)
+    seeds = {s: _counts(rng, s, max(s - 1, 1), n) / max(s - 1, 1) for s in n_seeds}
     counts = {a: scenes @ np.bincount(index, k, n_clusters) for a, k in keep.items()}
     full = np.logical_and.reduce([c > 0 for c in counts.values()])
     by_scene, both = {}, {}

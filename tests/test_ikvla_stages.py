@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlarepro.core.hardware import hardware, write_hardware
+from vlarepro.data.images import fit_map
 from vlarepro.data.nuscenes import NuScenesReader
 from vlarepro.data.table import build_table
 from vlarepro.evaluation.analyses_file import Analyses
@@ -257,3 +258,14 @@ def test_spread_takes_every_scene_evenly():
     scene = np.repeat(np.array(["a", "b", "c"]), [31, 31, 4])
     rows = spread(scene, 3)
     assert [int((scene[rows] == s).sum()) for s in "abc"] == [3, 3, 3] and len(spread(scene, 0)) == 66
+
+
+def test_the_front_camera_of_fitted_images(reader, table):
+    "A point of the stored image lies where `fit` puts it."
+    small = NuScenesReader(reader.root, reader.version, split=reader.split, image_size=(96, 96))
+    token = str(table["token"][0])
+    whole, fitted = front_camera(reader, token), front_camera(small, token)
+    assert fitted.size == (96, 96)
+    K = fit_map((whole.height, whole.width), (96, 96)) @ whole.intrinsic
+    np.testing.assert_allclose(fitted.intrinsic, K)
+    assert K[0, 2] == whole.intrinsic[0, 2] * .75 and K[1, 2] == whole.intrinsic[1, 2] * .75 + 24

@@ -33,8 +33,14 @@ class Measured:
 DRAWS = 2000
 
 
-def _interval(parts: "dict[str, np.ndarray]", scenes, statistic, *key) -> Interval:
-    return bootstrap_means(parts, scenes, statistic, rng=rng("specdec-tables", *key), n=DRAWS)
+def _interval(parts: "dict[str, np.ndarray]", scenes, statistic, *key, subset: "dict | None" = None) -> Interval:
+    "With its interval; a sample in which the target writes nothing has no accepted length and is left out."
+    wrote = [v.any(0) for k, v in parts.items() if k.split("/")[-1] in ("tokens", "rounds")]
+    if wrote:
+        keep = np.logical_and.reduce(wrote)
+        if not keep.any(): raise ValueError(f"{'/'.join(map(str, key))}: no text was written in any of {len(keep)} samples, so there is no accepted length: look at the target's training")
+        parts, scenes = {k: v[:, keep] for k, v in parts.items()}, scenes[keep]
+    return bootstrap_means(parts, scenes, statistic, rng=rng("specdec-tables", *key), n=DRAWS, subset=subset)
 
 
 def tau_interval(m: Measured, split: str, arm: str, rows=slice(None)) -> Interval:
@@ -229,7 +235,8 @@ def effects(m: Measured) -> dict:
     parts = {k: m.get("val", arm, k) for k in ("refused_c", "seen_c", "refused_r", "seen_r")}
     if all(v.sum() for v in parts.values()):
         ratio = lambda v: _safe_log(_ratio("refused_c", "seen_c")(v)) - _safe_log(_ratio("refused_r", "seen_r")(v))
-        out["B-C8"] = (_interval(parts, m.scenes("val"), ratio, "B-C8"), n("val"), seeds(arm), "")
+        seen = {k: parts["seen_" + k[-1]].any(0) for k in parts}     # a draw of scenes without any such token is no draw
+        out["B-C8"] = (_interval(parts, m.scenes("val"), ratio, "B-C8", subset=seen), n("val"), seeds(arm), "")
     if m.has("val", arm, "kl_image"):
         parts = {f"{a}/{k}": m.get("val", a, f"kl_{k}") for a in (arm, "target_ar") for k in ("image", "history")}
         cross = lambda v: np.minimum(mean_of(f"{arm}/history")(v) - mean_of(f"{arm}/image")(v), mean_of("target_ar/image")(v) - mean_of("target_ar/history")(v))

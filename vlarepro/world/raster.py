@@ -156,7 +156,7 @@ class _Polygons:
 
 def _item_states(scene: Scene, shapes: Shapes, steps: Int[np.ndarray, " k"]):
     "World x, y, yaw, what to show, which indicator, and whether to show it, for every item at some simulation steps, one after the other."
-    moving, heads = np.flatnonzero(shapes.agent >= 0), np.flatnonzero(shapes.signal >= 0)
+    moving, heads, beacons = (np.flatnonzero(x >= 0) for x in (shapes.agent, shapes.signal, shapes.beacon))
     agents = [scene.agents[i] for i in shapes.agent[moving]]
     column = lambda name, *shape: np.stack([getattr(a, name)[steps] for a in agents], 1) if agents else np.zeros((len(steps), 0, *shape), bool)
     track, there = column('track', 4), column('valid')
@@ -169,6 +169,7 @@ def _item_states(scene: Scene, shapes: Shapes, steps: Int[np.ndarray, " k"]):
         xy[moving], yaw[moving], state[moving], valid[moving] = track[k, :, :2], track[k, :, 2], shown[k], there[k]
         corner[moving] = np.where(turning[k] == 1, LEFT_ON, np.where(turning[k] == -1, RIGHT_ON, 0))
         if len(heads): state[heads] = scene.signal_state[step, shapes.signal[heads]]
+        for i in beacons: state[i] = scene.beacons[shapes.beacon[i]].on[step]
         yield xy, yaw, state, corner, valid
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c016
@@ -181,7 +182,7 @@ def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], step: int, 
     ex, ey = c * rel[:, 0] + s * rel[:, 1], -s * rel[:, 0] + c * rel[:, 1]
     distance = np.hypot(ex - 1.6, ey)
     eyes = np.stack([camera.translation for camera in rig])
-    scale = np.where(shapes.signal >= 0, lamp_diameter_m(distance), 1.)
+    scale = np.where((shapes.signal >= 0) | (shapes.beacon >= 0), lamp_diameter_m(distance), 1.)
     keep = valid & (distance < FAR_M) & (ex + scale * shapes.radius > eyes[:, 0].min())
     shown = (shapes.when == ALWAYS) | (shapes.when == state[shapes.item]) | (shapes.when > 1) & (shapes.when == corner[shapes.item])
     index = np.flatnonzero(keep[shapes.item] & shown & (shapes.reach > distance[shapes.item]))

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['COMMAND_AHEAD_M', 'NEAR_M', 'BEHIND_M', 'MAX_AGENTS', 'SIGNALS_S', 'LARGE_LWH', 'LARGE_FORWARD_M', 'CRITICAL_S',
-           'ATTEMPTS', 'route_command', 'route_turns', 'car_track', 'indicator', 'visible', 'ego_agent', 'make_events',
-           'family_of', 'critical_flags', 'runs_at_somebody', 'stays_on_pavement', 'make_scene']
+           'ATTEMPTS', 'route_command', 'route_turns', 'car_track', 'indicator', 'visible', 'ego_agent', 'make_beacons',
+           'make_events', 'family_of', 'critical_flags', 'runs_at_somebody', 'stays_on_pavement', 'make_scene']
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c003
 import numpy as np
 import shapely
 from jaxtyping import Float, Int8
 
-from .agents import crossing_track, looks, standing_track, strolling_track, touching, vehicle_track, without_contact
+from .agents import PATH_STEP_M, crossing_track, looks, standing_track, strolling_track, touching, vehicle_track, without_contact
 from .expert import Passing, ego_states, quintic
 from .layouts import Layout, build_layout
 from .population import (MIXTURE, Car, Mixture, Person, Plan, cross_traffic, cruise, detour_conflicts, ego_way, fill_slots,
                                        make_companions, make_cyclists, make_lights, make_people, neighbours, obey_at_start, on_leg, oncoming_traffic, plan_ego)
-from .scene import (DT_S, EGO_SIZE_LWH, EVENT_KINDS, FORWARD, LEFT, LOCATIONS, N_STEPS, RIGHT, TRAFFIC_VERSION, Agent, Event, Scene,
+from .scene import (DT_S, EGO_SIZE_LWH, EVENT_KINDS, FORWARD, LEFT, LOCATIONS, N_STEPS, RIGHT, TRAFFIC_VERSION, Agent, Beacon, Event, Scene,
                                   box_corners, boxes_overlap)
 from .traffic import EGO_FRONT_M, Driver, Light, Mover, Run, Way, simulate
 
@@ -173,6 +173,19 @@ def _give_way_events(run: Run, cars: list[Car], agent) -> list[Event]:
         out.append(Event('cyclist', first * DT_S, min(20., last * DT_S + .1), agent(('car', int(run.passes[first]) - 1))))
     return out
 
+def make_beacons(crosswalks: list[np.ndarray], way: Way, people: list[Person], walk_steps: list) -> list[Beacon]:
+    "A pair at each crosswalk where somebody waits, towards the ego; on from `SIGNALS_S` before they step out until they are over."
+    out = []
+    for p, k in zip(people, walk_steps):
+        if not any(shapely.Polygon(c).buffer(1.5).contains(shapely.Point((p.start + p.end) / 2)) for c in crosswalks): continue
+        over, on = p.end - p.start, np.zeros(N_STEPS, bool)
+        length, heading = float(np.hypot(*over)), way.path.xyh[min(int(p.walker.s / PATH_STEP_M), len(way.path.xyh) - 1), 2]
+        if k is not None: on[max(0, k - round(SIGNALS_S / DT_S)):k + round(length / p.speed_mps / DT_S)] = True
+        for xy, aside in ((p.start, -.6), (p.end, .6)):
+            xy = xy + aside * over / length - 2.6 * np.array([np.cos(heading), np.sin(heading)])
+            out.append(Beacon(np.array([*xy, 2.7]), float(heading + np.pi), on))
+    return out
+
 def make_events(plan: Plan, way: Way, run: Run, cars: list[Car], lights: list[Light], turns, agent, fixture: int | None) -> list[Event]:
     "Events of a drive; `agent` maps (what, index) to an agent's id or None."
     front, out = run.s[:, 0], [*_light_events(run, lights), *_give_way_events(run, cars, agent)]
@@ -206,7 +219,7 @@ def family_of(
     return next((k for k in _TELLING if k in kinds), 'leader' if leader else 'cruise')
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c017
-CRITICAL_S = {'cut_in': (1., 2.5), 'brake_leader': (0., 2.5), 'pedestrian': (0., 2.5), 'red_light': (0., 2.5), 'obstacle': (2.5, 1.5), 'work_zone': (1., 3.),
+CRITICAL_S = {'cut_in': (1., 2.5), 'brake_leader': (0., 2.5), 'pedestrian': (1., 2.5), 'red_light': (0., 2.5), 'obstacle': (2.5, 1.5), 'work_zone': (1., 3.),
               'cyclist': (.5, 2.5), 'yield': (1., 2.)}  # seconds before and after an event's start
 
 def critical_flags(
@@ -286,7 +299,7 @@ def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: st
     events = sorted((e for e in events if e.t_start_s < min(19.9, e.t_end_s)), key=lambda e: (e.t_start_s, e.kind))
     scene = Scene(name, split, map, int(seed), layout.road, np.arange(N_STEPS) * DT_S, ego, agents, run.lamps, events, layout.route,
                   route_command(run.s[:, 0], turns), float(rng.uniform(.75, 1.1)), int(rng.integers(2 ** 31)), family_of({e.kind for e in events}, ahead),
-                  way.path.xyh, v_ref)
+                  way.path.xyh, v_ref, make_beacons(layout.road.crosswalks, way, people, run.walk_steps))
     stuck = any(last - first > 55 and run.v[first:last + 1, 0].min() < .3 for first, last in _spells(run.waits))  # traffic that lets nobody in
     if not clean or stuck or run.s[-1, 0] >= way.path.length_m - 4: return scene, False
     inside = np.any([(run.s[:, 0] > begin) & (run.s[:, 0] < end + 4) for begin, end, _ in turns], 0) if turns else np.zeros(N_STEPS, bool)

@@ -6,7 +6,7 @@
 __all__ = ['WORLD_VERSION', 'TRAFFIC_VERSION', 'EGO_SIZE_LWH', 'WHEEL_BASE_M', 'LIDAR_FORWARD_M', 'LIDAR_UP_M',
            'EGO_CENTER_FORWARD_M', 'DT_S', 'N_STEPS', 'KEYFRAME_STEP', 'GREEN', 'YELLOW', 'RED', 'UNKNOWN', 'LEFT',
            'FORWARD', 'RIGHT', 'EGO_COLUMNS', 'EVENT_KINDS', 'FAMILIES', 'ROAD_KINDS', 'MARK_KINDS', 'SIGN_KINDS',
-           'LOCATIONS', 'Lane', 'Signal', 'StopLine', 'Prop', 'Fixture', 'Road', 'Agent', 'Event', 'Scene',
+           'LOCATIONS', 'Lane', 'Signal', 'StopLine', 'Prop', 'Fixture', 'Road', 'Agent', 'Beacon', 'Event', 'Scene',
            'box_corners', 'ego_box_centers', 'boxes_overlap', 'scene_hash', 'keyframes']
 
 # %% ../../nbs/10_world/00_scene.ipynb #c003
@@ -120,6 +120,13 @@ class Agent:
         if self.turning is None: object.__setattr__(self, "turning", np.zeros(len(self.valid), np.int8))
 
 @dataclass(frozen=True)
+class Beacon:
+    "A flashing amber light at a crosswalk, switched on by who wants to cross."
+    xyz: Float[np.ndarray, "3"]           # [m]
+    heading_rad: float                    # faces this way
+    on: Bool[np.ndarray, "t"]
+
+@dataclass(frozen=True)
 class Event:
     "Something that forces a decision; it starts when the decision is made, not when it is over."
     kind: str                             # one of EVENT_KINDS
@@ -147,6 +154,7 @@ class Scene:
     family: str = 'cruise'                # one of FAMILIES
     plan_path: Float[np.ndarray, "n 3"] = field(default_factory=lambda: np.zeros((0, 3)))   # x, y, yaw every 0.5 m: the line the expert means to drive
     plan_speed_mps: Float[np.ndarray, "n"] = field(default_factory=lambda: np.zeros(0))     # and how fast, if nobody were there
+    beacons: list[Beacon] = field(default_factory=list)
 
 # %% ../../nbs/10_world/00_scene.ipynb #c013
 def box_corners(

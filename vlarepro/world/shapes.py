@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['N_VERTICES', 'ALWAYS', 'LEFT_ON', 'RIGHT_ON', 'FAR_M', 'WALL_BIAS_M', 'Number', 'Parts', 'box_faces', 'inset', 'disc',
            'upright', 'car', 'truck', 'pedestrian', 'bicycle_frame', 'rider', 'cone', 'barrier', 'lamp_diameter_m',
-           'signal_head', 'signal_mast', 'building', 'plant', 'pole', 'machine', 'sign_plate', 'traffic_sign', 'kerb',
-           'Shapes', 'shapes_table', 'scene_shapes']
+           'signal_head', 'beacon_head', 'signal_mast', 'building', 'plant', 'pole', 'machine', 'sign_plate',
+           'traffic_sign', 'kerb', 'Shapes', 'shapes_table', 'scene_shapes']
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c002
 from dataclasses import dataclass, field
@@ -250,6 +250,14 @@ def signal_head(p: Parts) -> None:
         p.detail(disc((.01, 0, z), .6), rgb, when=state, reach_m=FAR_M, glow=True)
     p.face(front[::-1], (44, 46, 50), label='pole')
 
+def beacon_head(p: Parts) -> None:
+    "Two lamps side by side, dark in state 0 and lit in state 1, in units of a lamp's diameter."
+    front = upright(-1.25, 1.25, -.5, .5)
+    for state, label, rgb, glow in ((0, 'pole', (70, 52, 16), False), (1, 'signal_yellow', (255, 206, 30), True)):
+        p.face(front, (26, 27, 30), label=label, when=state)
+        for y in (-.62, .62): p.detail(upright(y - .52, y + .52, -.38, .38) + [.01, 0, 0], rgb, when=state, reach_m=FAR_M, glow=glow)
+    p.face(front[::-1], (44, 46, 50), label='pole')
+
 def signal_mast(p: Parts, height_m: Number, aside_m: Number) -> None:
     "A pole `aside_m` to the right of the head (seen from the front) and an arm to it; item frame: below the head on the ground."
     p.face(np.array([[-.1, aside_m - .14, 0], [-.1, aside_m + .14, 0], [-.1, aside_m + .14, height_m + .5], [-.1, aside_m - .14, height_m + .5]]), (92, 94, 98), two_sided=True)
@@ -373,6 +381,7 @@ class Shapes:
     instance: Int[np.ndarray, " i"]       # agent id or -1
     agent: Int[np.ndarray, " i"]          # position in scene.agents or -1
     signal: Int[np.ndarray, " i"]         # position in road.signals, for heads only, or -1
+    beacon: Int[np.ndarray, " i"]         # position in scene.beacons, for heads only, or -1
     radius: Float[np.ndarray, " i"]       # on the ground, around the item's position [m]
 
 _VEHICLES = {'car': car, 'truck': truck, 'bus': truck, 'trailer': truck, 'construction': machine, 'emergency': truck}
@@ -404,7 +413,7 @@ def shapes_table(p: Parts) -> Shapes:
     np.maximum.at(radius, p.item, np.hypot(local[..., 0], local[..., 1]).max(1))
     return Shapes(np.ascontiguousarray(local.T), f(p.count, int), f(p.item, int), f(p.rgb, np.float32, (-1, 3)), f(p.label, int), f(p.when, int),
                   f(p.reach, np.float32), f(p.glow, bool), f(p.two_sided, bool), f(p.bias, np.float32), np.array([it[2:5] for it in items], float).reshape(-1, 3),
-                  column(5, float), column(6, bool), column(7, int), index_of('agent'), index_of('signal'), radius)
+                  column(5, float), column(6, bool), column(7, int), index_of('agent'), index_of('signal'), index_of('beacon'), radius)
 
 def scene_shapes(
     scene: Scene,
@@ -423,5 +432,9 @@ def scene_shapes(
         aside = next((a for a in (0., -3., 3., -5., 5., -8., 8., -11., 11.) if on_road is None or not on_road(s.xyz[:2] + a * right)), None)
         if aside is not None: p.open('mast', i, (x, y, 0.), s.heading_rad, 'pole'); signal_mast(p, float(z), aside)
         p.open('signal', i, s.xyz, s.heading_rad, 'pole'); signal_head(p)
+    for i, b in enumerate(scene.beacons):
+        x, y, z = b.xyz
+        p.open('mast', i, (x, y, 0.), b.heading_rad, 'pole'); signal_mast(p, float(z), 0.)
+        p.open('beacon', i, b.xyz, b.heading_rad, 'pole'); beacon_head(p)
     for k, agent in enumerate(scene.agents): _agent(p, k, agent)
     return shapes_table(p)

@@ -270,7 +270,7 @@ def full_card():
         about="Synthetic driving scenes.",
         licence="Apache-2.0",
         version="v1.0-minidrive",
-        world_version="2",
+        world_version="3",
         seed=0,
         size=dict(train=2, val=2),
         image_size=[128, 64],

@@ -11,7 +11,7 @@ import pytest
 from vlarepro.world.cameras import CAMERAS, calibration, camera_rig, ground_grid, project
 from vlarepro.world.ground import CLASS_ID, CLASSES, demo_scene, ground_raster
 from vlarepro.world.raster import Rendered, clip_near, render_scene, stitch_sprite
-from vlarepro.world.scene import Beacon, Agent, Prop
+from vlarepro.world.scene import Agent, Beacon, Prop
 from vlarepro.world.shapes import Shapes, lamp_diameter_m, scene_shapes
 
 
@@ -134,7 +134,8 @@ def test_indicator_is_amber_on_its_side(scene):
     "20 m ahead in the next lane: the lamp is several pixels, left or right of the car's middle."
     def shown(turning):
         track = np.tile([20.0, 3.5, 0.0, 8.0], (201, 1))
-        a = Agent(1, "vehicle.car", np.array([4.6, 1.9, 1.6]), track, np.ones(201, bool), np.array([90, 90, 100], np.uint8), np.zeros(201, bool), np.full(201, turning, np.int8))
+        on, grey = np.ones(201, bool), np.array([90, 90, 100], np.uint8)
+        a = Agent(1, "vehicle.car", np.array([4.6, 1.9, 1.6]), track, on, grey, ~on, np.full(201, turning, np.int8))
         r = render_scene(replace(bare(scene), agents=[a]), keyframes=np.array([0]))
         return r.images[0, 1].astype(int), np.argwhere(r.instances[0, 1] == 1)[:, 1].mean()
     (off, middle), *on = (shown(x) for x in (0, 1, -1))

@@ -161,7 +161,8 @@ def test_beacons_announce_who_steps_out(scenes):
             assert b.on.shape == (N_STEPS,) and b.on.dtype == bool
             if b.on.any():
                 lit += 1
-                assert any(max(0, k - 15) == np.flatnonzero(b.on)[0] for k in starts)
+                first = np.flatnonzero(b.on)[0]
+                assert first > 180 or any(max(0, k - 15) == first for k in starts)  # who steps out as the drive ends makes no event
     assert lit > 3 and any(not b.on.any() for s in scenes for b in s.beacons), lit
 
 

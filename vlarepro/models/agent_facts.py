@@ -174,8 +174,9 @@ def agent_facts(
 # %% ../../nbs/40_models/22_agent_facts.ipynb #c014
 _WEIGHT = (1.0, 5.0, 3.0, 6.0, 6.0)   # vehicle, vulnerable, obstacle, stop lamp, go lamp
 _RARE = (2.0, 6.0, 6.0, 8.0, 8.0)     # weight of a yes against a no
-_SPEED = ((4.0, 4.0, 1.0, 1.5), (2.0, 1.0, 1.5))  # scales: vehicle v_x, v_y, acceleration, way to the side; vulnerable v_x, v_y, way to the side
-_SIDEWAYS = (False, False, False, True, False, False, True)
+_SPEED = ((4.0, 4.0, 1.0), (2.0, 1.0))  # scales: vehicle v_x, v_y, acceleration; vulnerable v_x, v_y
+_SIDE_M = 1.5                           # scale of the way to the side
+_FLAGS = (1.0, 1.0, 1.0, 4.0, 4.0)      # weight of a yes: leader, vulnerable, braking, enters, steps out
 _BRAKES_MPS2 = -0.8
 
 
@@ -190,10 +191,10 @@ class AgentHeads(nn.Module):
         known = [C[np.isfinite(C[:, i]), i] for i in range(C.shape[1])]
         self.register_buffer("mean", torch.tensor([float(x.mean()) if len(x) else 0.0 for x in known]))
         self.register_buffer("std", torch.tensor([max(float(x.std()), 0.1) if len(x) else 1.0 for x in known]))
-        for k, v in dict(weight=_WEIGHT, rare=_RARE, v0=_SPEED[0], v1=_SPEED[1], sideways=_SIDEWAYS).items(): self.register_buffer(k, torch.tensor(v), persistent=False)
+        for k, v in dict(weight=_WEIGHT, rare=_RARE, v0=_SPEED[0], v1=_SPEED[1], flags=_FLAGS).items(): self.register_buffer(k, torch.tensor(v), persistent=False)
 
     def losses(self, tokens: Float[Tensor, "b n d"], R, V, L, C, view_valid: Bool[Tensor, "b v"]) -> dict:
-        "Four losses: what is there, how far, how it moves, the corridor; absent cameras do not count."
+        "Five losses: what is there, how far, how it moves, where to, the corridor; absent cameras do not count."
         (r, c), v, b = self.cfg.token_grid, self.cfg.views, len(tokens)
         x = tokens.view(b, v, r, c, -1).transpose(2, 3).reshape(b, v * c, -1)
         there = view_valid.repeat_interleave(c * SUB, 1)
@@ -203,15 +204,15 @@ class AgentHeads(nn.Module):
         w = seen * self.weight
         yes = F.binary_cross_entropy_with_logits(y[:, :5], seen, pos_weight=self.rare, reduction="none")
         far = F.smooth_l1_loss(y[:, 5:10], (reach.clamp(1, REACH_M).log() - 2.7) / 0.7, beta=0.1, reduction="none")
-        goal, m = torch.cat([move[:, 0] / self.v0, move[:, 1][:, [0, 1, 3]] / self.v1], -1), torch.cat([w[:, :1].expand(-1, 4), w[:, 1:2].expand(-1, 3)], -1)
-        m = m * torch.where(self.sideways, 1 + 4 * goal.abs().clamp(max=1), 1.0)   # who moves to the side is rare
+        goal, m = torch.cat([move[:, 0, :3] / self.v0, move[:, 1, :2] / self.v1, move[:, :2, 3] / _SIDE_M], -1), torch.cat([w[:, :1].expand(-1, 3), w[:, 1:2].expand(-1, 2), w[:, :2]], -1)
         speed = F.smooth_l1_loss(y[:, 10:], goal, beta=0.1, reduction="none")
         share = lambda loss, weight: (loss * weight).sum() / weight.sum().clamp(min=1.0)
-        return dict(seen=(yes * self.weight).mean() / 3, range=share(far, w), moves=share(speed, m), corridor=self._corridor(tokens, C))
+        side = m[:, 5:] * (1 + 4 * goal[:, 5:].abs().clamp(max=1))   # who moves to the side is rare
+        return dict(seen=(yes * self.weight).mean() / 3, range=share(far, w), moves=share(speed[:, :5], m[:, :5]), side=0.5 * share(speed[:, 5:], side), corridor=self._corridor(tokens, C))
 
     def _corridor(self, tokens, C):
         z, known = self.whole(tokens.flatten(1)), torch.isfinite(C)
         goal = torch.where(known, (C - self.mean) / self.std, 0.0)
         flags = torch.stack([known[:, 0], known[:, 3], known[:, 2] & (C[:, 2] < _BRAKES_MPS2), known[:, 6], known[:, 7]], 1).float()
-        far = (F.smooth_l1_loss(z[:, : len(CORRIDOR)], goal, beta=0.2, reduction="none") * known).sum() / known.sum().clamp(min=1)
-        return far + F.binary_cross_entropy_with_logits(z[:, len(CORRIDOR) :], flags)
+        far = (F.smooth_l1_loss(z[:, : len(CORRIDOR)], goal, beta=0.2, reduction="none") * known).sum() / known[:, :6].sum().clamp(min=1)
+        return far + F.binary_cross_entropy_with_logits(z[:, len(CORRIDOR) :], flags, pos_weight=self.flags) * 5 / 3

@@ -388,7 +388,7 @@ def _read_out(features, y, fit_rows, test_rows, ridge, names):
 
 def corridor_probe(
     features: Float[np.ndarray, "n tokens d"],
-    C: Float[np.ndarray, "n 8"],             # CORRIDOR of `agent_facts`, NaN where nobody is
+    C: Float[np.ndarray, "n 6"],             # CORRIDOR of `agent_facts`, NaN where nobody is
     fit_rows: Int[np.ndarray, " a"],
     test_rows: Int[np.ndarray, " b"],
     ridge: float = 300.0,

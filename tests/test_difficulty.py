@@ -270,7 +270,7 @@ def full_card():
         about="Synthetic driving scenes.",
         licence="Apache-2.0",
         version="v1.0-minidrive",
-        world_version="2",
+        world_version="3",
         seed=0,
         size=dict(train=2, val=2),
         image_size=[128, 64],
@@ -337,7 +337,7 @@ def test_card_in_words_and_no_card():
     r = report(full_card())
     words = dict(card_rows(r))
     assert {"What it is", "What it is not", "Licence", "Version", "Hash", "Sizes", "Vision-critical"} <= set(words)
-    assert "ab" * 32 in words["Hash"] and "world version 2" in words["Version"] and "27.0 %" in words["Vision-critical"] and "cut in 2" in words["Scenes with"]
+    assert "ab" * 32 in words["Hash"] and "world version 3" in words["Version"] and "27.0 %" in words["Vision-critical"] and "cut in 2" in words["Scenes with"]
     assert card_rows(report({})) == []
 
 

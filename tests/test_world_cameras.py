@@ -11,7 +11,7 @@ import pytest
 from vlarepro.world.cameras import CAMERAS, calibration, camera_rig, ground_grid, project
 from vlarepro.world.ground import CLASS_ID, CLASSES, demo_scene, ground_raster
 from vlarepro.world.raster import Rendered, clip_near, render_scene, stitch_sprite
-from vlarepro.world.scene import Agent, Prop
+from vlarepro.world.scene import Agent, Beacon, Prop
 from vlarepro.world.shapes import Shapes, lamp_diameter_m, scene_shapes
 
 
@@ -128,6 +128,27 @@ def test_brake_lights_change_pixels(scene):
     on, off = (render_scene(replace(bare(scene), agents=[at(b)]), keyframes=np.array([0])).images[0, 1].astype(int) for b in (True, False))
     redder = (on[..., 0] - on[..., 1:].max(-1)) - (off[..., 0] - off[..., 1:].max(-1))
     assert redder.max() > 50 and (redder > 25).sum() >= 3
+
+
+def test_indicator_is_amber_on_its_side(scene):
+    "20 m ahead in the next lane: the lamp is several pixels, left or right of the car's middle."
+    def shown(turning):
+        track = np.tile([20.0, 3.5, 0.0, 8.0], (201, 1))
+        on, grey = np.ones(201, bool), np.array([90, 90, 100], np.uint8)
+        a = Agent(1, "vehicle.car", np.array([4.6, 1.9, 1.6]), track, on, grey, ~on, np.full(201, turning, np.int8))
+        r = render_scene(replace(bare(scene), agents=[a]), keyframes=np.array([0]))
+        return r.images[0, 1].astype(int), np.argwhere(r.instances[0, 1] == 1)[:, 1].mean()
+    (off, middle), *on = (shown(x) for x in (0, 1, -1))
+    for (image, _), left in zip(on, (True, False)):
+        amber = np.argwhere((image[..., 0] - image[..., 2] > 90) & (np.abs(image - off).max(-1) > 40))
+        assert len(amber) >= 5 and (amber[:, 1].mean() < middle) == left
+
+
+def test_beacon_is_a_yellow_light_when_on(scene):
+    for lit in (False, True):
+        b = Beacon(np.array([40.0, 4.0, 2.7]), np.pi, np.full(201, lit))
+        r = render_scene(replace(bare(scene), beacons=[b]), keyframes=np.array([0]))
+        assert ((r.labels[0, 1] == CLASS_ID["signal_yellow"]).sum() >= 4) == lit
 
 
 def test_signal_faces_only_its_traffic(scene):

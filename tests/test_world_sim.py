@@ -66,6 +66,7 @@ def test_record_shapes(scenes):
         for a in s.agents:
             assert a.track.shape == (N_STEPS, 4) and np.isfinite(a.track).all() and a.valid.any()
             assert a.color.dtype == np.uint8 and a.valid.dtype == bool and a.braking.dtype == bool
+            assert a.turning.dtype == np.int8 and a.turning.shape == (N_STEPS,)
         for e in s.events:
             assert e.kind in EVENT_KINDS and 0 <= e.t_start_s <= e.t_end_s <= 20.01
             assert e.agent is None or e.agent < len(s.agents)
@@ -131,6 +132,38 @@ def test_a_quarter_of_the_samples_needs_a_camera(scenes):
     share = dict(zip(EVENT_KINDS, flags.mean(0)))
     assert all(share[k] > 0.004 for k in EVENT_KINDS if k != "turn"), share
     assert share["turn"] == 0
+
+
+def test_cars_signal_before_they_come_over(scenes):
+    """The indicator of a cut-in is on the side to which it moves, from 1.5 s before; cars that do nothing of the kind show none."""
+    seen = 0
+    for s in scenes:
+        for e in s.events:
+            if e.kind != "cut_in" or e.agent is None: continue
+            a, k = s.agents[e.agent], round(e.t_start_s / DT_S)
+            first = max(0, k - 15)
+            assert (a.turning[first:k + 20] == a.turning[k]).all() and a.turning[k] != 0 and (first == 0 or a.turning[first - 1] == 0 or k < 40)
+            later = min(k + 15, N_STEPS - 1)
+            d, yaw = a.track[later, :2] - a.track[k, :2], a.track[k, 2]
+            straight = abs(np.angle(np.exp(1j * (a.track[later, 2] - yaw)))) < 0.3
+            if a.valid[k] and a.valid[later] and straight and k < 180:
+                seen += 1
+                assert (d[1] * np.cos(yaw) - d[0] * np.sin(yaw)) * a.turning[k] > 0
+        assert all((a.turning == 0).all() for a in s.agents if not a.category.startswith("vehicle."))
+    assert seen > 3, seen
+
+
+def test_beacons_announce_who_steps_out(scenes):
+    lit = 0
+    for s in scenes:
+        starts = [round(e.t_start_s / DT_S) for e in s.events if e.kind == "pedestrian"]
+        for b in s.beacons:
+            assert b.on.shape == (N_STEPS,) and b.on.dtype == bool
+            if b.on.any():
+                lit += 1
+                first = np.flatnonzero(b.on)[0]
+                assert first > 180 or any(max(0, k - 15) == first for k in starts)  # who steps out as the drive ends makes no event
+    assert lit > 3 and any(not b.on.any() for s in scenes for b in s.beacons), lit
 
 
 def test_harmless_twins_exist(scenes):

@@ -34,7 +34,7 @@ from .files import ARCHIVES, DEPTH_MAX_M, SPLITS, WorldFiles, close_files, file_
 from .nuscenes_writer import VERSION, WORLD_VERSION, Tokens, mask_png, scene_extent, shelf_pack
 from .raster import CLASSES
 from .scenarios import make_scene
-from .scene import EVENT_KINDS, LOCATIONS
+from .scene import EVENT_KINDS, LOCATIONS, TRAFFIC_VERSION
 from .suboptimal import NEGATIVE_KINDS
 
 # %% ../../nbs/10_world/80_generate.ipynb #c006
@@ -73,7 +73,7 @@ def plan_scenes(
     for split, n in dict(train=size.train - size.dev, dev=size.dev, val=size.val, test=size.test).items():
         for i in range(n):
             out.append(Job(f'scene-{FIRST_SCENE + len(out)}', split, SPLIT_MAPS[split][i % len(SPLIT_MAPS[split])],
-                           key_seed('minidrive', WORLD_VERSION, seed, split, i) % 2**31, split in MORE_EVERY and i % MORE_EVERY[split] == 0))
+                           key_seed('minidrive', TRAFFIC_VERSION, seed, split, i) % 2**31, split in MORE_EVERY and i % MORE_EVERY[split] == 0))
     return out
 
 # %% ../../nbs/10_world/80_generate.ipynb #c009

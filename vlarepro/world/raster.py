@@ -20,7 +20,7 @@ from .cameras import Camera, camera_rig, ground_grid, ground_points
 from .ground import CLASS_ID, CLASSES, Ground, ground_raster
 from .scene import Agent, Road, Scene
 from .scene import keyframes as keyframe_steps
-from .shapes import ALWAYS, FAR_M, Shapes, lamp_diameter_m, scene_shapes
+from .shapes import ALWAYS, FAR_M, LEFT_ON, RIGHT_ON, Shapes, lamp_diameter_m, scene_shapes
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c006
 SUPERSAMPLE = 2
@@ -155,33 +155,37 @@ class _Polygons:
     rgb: np.ndarray        # (n, 3) lit and hazed
 
 def _item_states(scene: Scene, shapes: Shapes, steps: Int[np.ndarray, " k"]):
-    "World x, y, yaw, what to show and whether to show it, for every item at some simulation steps, one after the other."
-    moving, heads = np.flatnonzero(shapes.agent >= 0), np.flatnonzero(shapes.signal >= 0)
+    "World x, y, yaw, what to show, which indicator, and whether to show it, for every item at some simulation steps, one after the other."
+    moving, heads, beacons = (np.flatnonzero(x >= 0) for x in (shapes.agent, shapes.signal, shapes.beacon))
     agents = [scene.agents[i] for i in shapes.agent[moving]]
     column = lambda name, *shape: np.stack([getattr(a, name)[steps] for a in agents], 1) if agents else np.zeros((len(steps), 0, *shape), bool)
     track, there = column('track', 4), column('valid')
     walks = np.array([a.category.startswith('human') for a in agents], bool) & (track[..., 3] > .2)
     shown, there = np.where(walks, (steps // 5 % 2)[:, None], column('braking')), there & np.isfinite(track[..., :2]).all(-1)
+    turning = column('turning')
     for k, step in enumerate(steps):
         xy, yaw = shapes.xyz[:, :2].copy(), shapes.yaw.copy()
-        state, valid = np.zeros(len(yaw), int), np.ones(len(yaw), bool)
+        (state, corner), valid = np.zeros((2, len(yaw)), int), np.ones(len(yaw), bool)
         xy[moving], yaw[moving], state[moving], valid[moving] = track[k, :, :2], track[k, :, 2], shown[k], there[k]
+        corner[moving] = np.where(turning[k] == 1, LEFT_ON, np.where(turning[k] == -1, RIGHT_ON, 0))
         if len(heads): state[heads] = scene.signal_state[step, shapes.signal[heads]]
-        yield xy, yaw, state, valid
+        for i in beacons: state[i] = scene.beacons[shapes.beacon[i]].on[step]
+        yield xy, yaw, state, corner, valid
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c016
 def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], step: int, items: tuple, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
     "Visible polygons of a keyframe, posed, shaded and hazed; `items` are their states at this step."
-    xy, yaw, state, valid = items
+    xy, yaw, state, corner, valid = items
     x0, y0, heading = scene.ego[step, :3]
     c, s = np.cos(heading), np.sin(heading)
     rel = xy - [x0, y0]
     ex, ey = c * rel[:, 0] + s * rel[:, 1], -s * rel[:, 0] + c * rel[:, 1]
     distance = np.hypot(ex - 1.6, ey)
     eyes = np.stack([camera.translation for camera in rig])
-    scale = np.where(shapes.signal >= 0, lamp_diameter_m(distance), 1.)
+    scale = np.where((shapes.signal >= 0) | (shapes.beacon >= 0), lamp_diameter_m(distance), 1.)
     keep = valid & (distance < FAR_M) & (ex + scale * shapes.radius > eyes[:, 0].min())
-    index = np.flatnonzero(keep[shapes.item] & ((shapes.when == ALWAYS) | (shapes.when == state[shapes.item])) & (shapes.reach > distance[shapes.item]))
+    shown = (shapes.when == ALWAYS) | (shapes.when == state[shapes.item]) | (shapes.when > 1) & (shapes.when == corner[shapes.item])
+    index = np.flatnonzero(keep[shapes.item] & shown & (shapes.reach > distance[shapes.item]))
     item = shapes.item[index]
     angle = np.where(shapes.billboard, np.arctan2(-ey, 1.6 - ex), yaw - heading)
     ca, sa, (lx, ly, lz) = (np.cos(angle) * scale)[item], (np.sin(angle) * scale)[item], shapes.local.take(index, 2)
@@ -369,12 +373,13 @@ def stitch_sprite(
     size_lwh: tuple[float, float, float] = (4.6, 1.9, 1.6),
     color: tuple[int, int, int] = (190, 30, 40),
     braking: bool = True,
+    turning: int = 0,                            # indicator: 1 left, -1 right
     depth: Float16[np.ndarray, "h w"] | None = None,  # of the image: what is nearer stays in front
     light: float = 1.,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], Bool[np.ndarray, "h w"]]:  # the image with the sprite; where its body is
     "Draw one more agent into one image."
     track = np.array([[*xy_ego, yaw_rad, 0.]])
-    agent = Agent(0, category, np.array(size_lwh), track, np.ones(1, bool), np.array(color, np.uint8), np.array([braking]))
+    agent = Agent(0, category, np.array(size_lwh), track, np.ones(1, bool), np.array(color, np.uint8), np.array([braking]), np.array([turning], np.int8))
     road = Road('none', {}, [], [], [], [], [], [], [])
     scene = Scene('sprite', 'train', 'boston-seaport', 0, road, np.zeros(1), np.zeros((1, 7)), [agent], np.zeros((1, 0), np.int8), [], (), np.zeros(1, np.int8), light, 0)
     shapes, (h, w), s = scene_shapes(scene), image.shape[:2], SUPERSAMPLE

@@ -104,8 +104,9 @@ def views_scene(
     end, wide = len(scene.t) - 1, KEYFRAME_STEP
     order = np.concatenate([np.arange(end + 1), np.full(wide - 1, end), np.repeat(steps, wide), [end]])  # the log stays in: the ground is laid out along it
     own = np.concatenate([scene.ego[order[:end + wide]], np.repeat(ego, wide, 0), scene.ego[end:]])
-    agents = [replace(a, track=a.track[order], valid=a.valid[order], braking=a.braking[order]) for a in scene.agents]
-    longer = replace(scene, t=np.arange(len(order)) * DT_S, ego=own, agents=agents, signal_state=scene.signal_state[order], command=scene.command[order])
+    agents = [replace(a, track=a.track[order], valid=a.valid[order], braking=a.braking[order], turning=a.turning[order]) for a in scene.agents]
+    longer = replace(scene, t=np.arange(len(order)) * DT_S, ego=own, agents=agents, signal_state=scene.signal_state[order], command=scene.command[order],
+                     beacons=[replace(b, on=b.on[order]) for b in scene.beacons])
     return longer, end // wide + 1 + np.arange(len(steps))
 
 def stage_moments(

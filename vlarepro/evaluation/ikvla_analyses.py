@@ -9,7 +9,6 @@ __all__ = ['MODES', 'spread', 'Checkpoints', 'here', 'Crew', 'compact', 'lidar_p
            'run_stitching', 'feature_changes', 'stitch_examples', 'run_corruption', 'run_sweep']
 
 # %% ../../nbs/80_evaluation/70_ikvla_analyses.ipynb #c003
-import multiprocessing
 import pickle
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from ..core.params import nearest
 from ..core.progress import progress
 from ..core.seeds import set_threads, torch_rng
+from ..core.workers import worker_context
 from ..data.nuscenes import NuScenesReader, rotations
 from ..data.table import SampleTable
 from .alignment import alignment_scores
@@ -98,7 +98,7 @@ class Crew:
         if device != "cpu": raise ValueError(f"the analyses run on the processor, not on {device!r}: set analyses.machine.device to cpu")
         set_threads(threads)   # and of this process
         self.folder, self.count = tempfile.TemporaryDirectory(), 0
-        self.pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=set_threads, initargs=(threads,)) if workers > 1 else None
+        self.pool = ProcessPoolExecutor(workers, mp_context=worker_context(threads), initializer=set_threads, initargs=(threads,)) if workers > 1 else None
 
     def __call__(self, f, todo: list, *shared, desc: str = "") -> list:
         if self.pool is None: return here(f, todo, *shared, desc=desc)

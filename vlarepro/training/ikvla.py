@@ -7,8 +7,6 @@ __all__ = ['Phase', 'IKVLASettings', 'jobs', 'train_job', 'load_drives', 'load_n
            'plan_arms']
 
 # %% ../../nbs/70_training/20_ikvla.ipynb #c003
-import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from ..core.params import strict
 from ..core.paths import write_json
 from ..core.seeds import set_threads
+from ..core.workers import worker_context
 from ..data.windows import load_windows
 from ..methods.ikvla.arms import ARMS, RUNS, arm, head_key
 from ..methods.ikvla.planner import IKVLAConfig, make_head, make_llm, make_tokenizer, plan_table, run_config, save_part
@@ -182,8 +181,7 @@ def train_arms(
     todo = [(run, heads, s) for run, heads in jobs(arms).items() for s in seeds]
     args = lambda run, heads, s: (settings, source, run, heads, s, str(out), str(scratch), device, threads)
     if workers > 1:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=worker_context(threads)) as pool:
             done = [f.result() for f in [pool.submit(_work, *args(*t)) for t in todo]]
     else: done = [_work(*args(*t)) for t in todo]
     logs = {s: {k: v for t, log in zip(todo, done) if t[2] == s for k, v in log.items()} for s in seeds}
@@ -210,8 +208,7 @@ def plan_arms(
     for a in arms: runs.setdefault(arm(a).run or "direct", []).append(a)
     todo = [(group, s) for s in seeds for group in sorted(runs.values(), key=lambda g: -len(g))]
     if workers > 1:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=worker_context(threads)) as pool:
             done = [f.result() for f in [pool.submit(_plan, source, str(folder), g, s, threads, device) for g, s in todo]]
     else: done = [_plan(source, folder, g, s, threads, device) for g, s in todo]
     return {a: np.stack([d[a][:, 0] for (g, s), d in zip(todo, done) if a in g]) for a in arms}

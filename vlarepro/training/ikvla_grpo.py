@@ -6,8 +6,6 @@
 __all__ = ['REINFORCED', 'IKPolicy', 'TextPolicy', 'Recipe', 'GRPOSettings', 'scenes_of', 'reinforce', 'reinforce_arms', 'speed']
 
 # %% ../../nbs/70_training/45_ikvla_grpo.ipynb #c003
-import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from ..core.params import nearest, strict
 from ..core.paths import write_json
 from ..core.seeds import set_threads
+from ..core.workers import worker_context
 from ..methods.ikvla.ik_network import IKNetwork, to_path
 from ..methods.ikvla.model import TENTHS, WHOLE, DrivingLLM
 from ..methods.ikvla.planner import load_part, make_tokenizer, save_part
@@ -213,8 +212,7 @@ def reinforce_arms(
     todo = [(a, s) for s in seeds for a in sorted(arms, key=lambda a: REINFORCED.get(a, ("", ""))[1])]   # the slow text policy first
     args = lambda a, s: (settings, source, str(caches), a, s, str(sft), str(out), str(scratch), device, threads)
     if workers > 1:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool: done = [f.result() for f in [pool.submit(_work, *args(*t)) for t in todo]]
+        with ProcessPoolExecutor(workers, mp_context=worker_context(threads)) as pool: done = [f.result() for f in [pool.submit(_work, *args(*t)) for t in todo]]
     else: done = [_work(*args(*t)) for t in todo]
     curves = {a: {s: c for (b, s), c in zip(todo, done) if b == a} for a in arms}
     write_json(Path(out) / "curves.json", {"settings": asdict(settings), "curves": {a: {str(s): [{k: v for k, v in step.items() if k not in TIMES} for step in c] for s, c in by.items()} for a, by in curves.items()}})

@@ -7,8 +7,6 @@ __all__ = ['TALKERS', 'Talker', 'LanguageSettings', 'talk_tokenizer', 'start_mod
            'train_talkers']
 
 # %% ../../nbs/70_training/24_ikvla_language.ipynb #c003
-import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch.distributed as dist
 from ..core.params import nearest, strict
 from ..core.paths import write_json
 from ..core.seeds import set_threads
+from ..core.workers import worker_context
 from ..methods.ikvla.arms import RUNS
 from ..methods.ikvla.language import TalkTask, WordTokenizer, corpus_words, grow_vocabulary, load_turns
 from ..methods.ikvla.planner import IKVLAConfig, make_llm, make_tokenizer
@@ -130,8 +129,7 @@ def train_talkers(
     sources = {a: {**source, "features": str(objects), "front": None} if TALKERS[a].objects else source for a in starts}
     args = lambda arm, s: (settings, sources[arm], str(language), arm, str(Path(starts[arm]) / f"seed-{s}"), s, str(out), str(scratch), device, threads)
     if workers > 1:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=worker_context(threads)) as pool:
             done = [f.result() for f in [pool.submit(_work, *args(*t)) for t in todo]]
     else: done = [_work(*args(*t)) for t in todo]
     logs = {s: {a: h for (a, s2), h in zip(todo, done) if s2 == s} for s in seeds}

@@ -83,14 +83,15 @@ def test_strata_of_few_scenes():
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_coverage(seeds):
-    "A 95 % interval covers the truth 95 % of the time within three Monte-Carlo standard errors; with three seeds rather more."
+    "A 95 % interval covers the truth 95 % of the time within three Monte-Carlo standard errors; with three seeds more often (98 %), never less."
     rng, hits, n = np.random.default_rng(6), 0, 300
     for _ in range(n):
         scene = np.repeat(np.arange(40), 6)
         effect = 0.2 + rng.normal(0, 0.3, 40)[scene] + (seeds > 1) * rng.normal(0, 0.06, (seeds, 1))
         ci = bootstrap_means({"d": effect + rng.normal(0, 0.2, (seeds, len(scene)))}, scene, mean_of("d"), rng=rng, n=300)
         hits += ci.low <= 0.2 <= ci.high
-    assert abs(hits / n - 0.95) < 3 * np.sqrt(0.95 * 0.05 / n)
+    error = 3 * np.sqrt(0.95 * 0.05 / n)
+    assert 0.95 - error < hits / n < (0.95 + error if seeds == 1 else 0.999)
 
 
 def test_what_is_refused(unchecked):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEPTH_MAX_M', 'SMALL', 'JPEG_QUALITY', 'TEXTS', 'QUESTIONS', 'ARCHIVES', 'TABLES', 'SPLITS', 'shrink_labels',
-           'decode_depth', 'image_stats', 'jpeg', 'scene_files', 'JsonStream', 'write_zip', 'canonical', 'file_digest',
-           'WorldFiles', 'close_files']
+           'decode_depth', 'image_stats', 'jpeg', 'scene_files', 'JsonStream', 'write_zip', 'canonical',
+           'content_digest', 'file_digest', 'WorldFiles', 'close_files']
 
 # %% ../../nbs/10_world/76_files.ipynb #c003
 import hashlib
@@ -13,6 +13,7 @@ import io
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -198,20 +199,23 @@ def canonical(
     text = _LONG.sub(_shorten, _without_powers(text))
     return _ZERO.sub(b'0.0', text) if b'-0.0' in text else text
 
-def file_digest(path: "str | Path") -> str:  # 64 hex digits
+def content_digest(
+    name: str,                  # of a file
+    blocks: Iterable[bytes],    # its content
+) -> str:                       # 64 hex digits
     "SHA-256 of the canonical text of a JSON file, or of another file's bytes (numbers in our pickles are rounded when written)."
-    h, suffix = hashlib.sha256(), Path(path).suffix
-    with open(path, 'rb') as f:
-        if suffix != '.json':
-            while block := f.read(1 << 22): h.update(block)
-            return h.hexdigest()
-        rest = b''
-        while block := f.read(1 << 22):
-            cut = max(block.rfind(b','), 0)
-            h.update(canonical(rest + block[:cut]))
-            rest = block[cut:]
-        h.update(canonical(rest))
+    h, rest = hashlib.sha256(), b''
+    for block in blocks:
+        if not name.endswith('.json'): h.update(block); continue
+        cut = max(block.rfind(b','), 0)
+        h.update(canonical(rest + block[:cut]))
+        rest = block[cut:]
+    h.update(canonical(rest))
     return h.hexdigest()
+
+def file_digest(path: "str | Path") -> str:  # 64 hex digits
+    "`content_digest` of a file, read in blocks."
+    with open(path, 'rb') as f: return content_digest(Path(path).name, iter(lambda: f.read(1 << 22), b''))
 
 # %% ../../nbs/10_world/76_files.ipynb #c024
 TABLES = ('category', 'attribute', 'visibility', 'instance', 'sensor', 'calibrated_sensor', 'ego_pose', 'log', 'scene', 'sample', 'sample_data', 'sample_annotation', 'map')

@@ -30,7 +30,7 @@ from ..core.paths import atomic_dir, atomic_write, read_json, write_json
 from ..core.progress import log, progress
 from ..core.seeds import key_seed
 from .cameras import CAMERA_NAMES
-from .files import ARCHIVES, DEPTH_MAX_M, SPLITS, WorldFiles, close_files, file_digest, image_stats, scene_files, write_zip
+from .files import ARCHIVES, DEPTH_MAX_M, SPLITS, WorldFiles, close_files, content_digest, file_digest, image_stats, scene_files, write_zip
 from .nuscenes_writer import VERSION, WORLD_VERSION, Tokens, mask_png, scene_extent, shelf_pack
 from .raster import CLASSES
 from .scenarios import make_scene
@@ -169,7 +169,8 @@ def _load(path: Path): return pickle.loads(path.read_bytes())   # our own, writt
 def _render(task: tuple) -> dict:
     "Second pass: a scene's pieces."
     blob, offset, seed, size, more = task
-    return scene_files(pickle.loads(blob), offset, seed, size, more)
+    s = scene_files(pickle.loads(blob), offset, seed, size, more)
+    return s | dict(digests={name: content_digest(name, [data]) for name, data in s['files']})
 
 def _save_shard(folder: Path, number: int, scenes: list[dict]):
     "Archives and records of a shard; it exists when it is whole."
@@ -201,14 +202,19 @@ def _lay_out(folder: Path, jobs: list[Job]) -> tuple[np.ndarray, dict, dict]:
     return offset, sheets, polygons
 
 def _second_pass(folder: Path, jobs: list[Job], offset, seed: int, size: tuple, pool, until: float):
-    "Render what is not rendered yet; stop after a shard when the time is over."
+    "Yield the records of one shard after the other, rendered where they are not ready; stop after a new one when the time is over."
     shards = _shards(jobs)
     todo = [i for i in range(len(shards)) if not (folder / f'shard-{i:03d}').is_dir()]
     tasks = ((d['scene'], offset[i * SHARD + k], seed, size, shards[i][k].more) for i in todo for k, d in enumerate(_load(folder / f'drives-{i:03d}.bin')))
     done = iter(progress(pool.imap(_render, tasks, chunksize=2), 'render and write', sum(len(shards[i]) for i in todo)))
-    for left, i in zip(range(len(todo) - 1, -1, -1), todo):
-        _save_shard(folder, i, list(itertools.islice(done, len(shards[i]))))
-        if left and time.monotonic() > until: raise Unfinished(f'{len(shards) - left} of {len(shards)} shards are ready: run the same command again to go on')
+    for i, js in enumerate(shards):
+        if i not in todo: yield _load(folder / f'shard-{i:03d}' / 'records.bin'); continue
+        scenes = list(itertools.islice(done, len(js)))
+        _save_shard(folder, i, scenes)
+        if i != todo[-1] and time.monotonic() > until:
+            ready = len([*folder.glob('shard-*')])
+            raise Unfinished(f'{ready} of {len(shards)} shards are ready: run the same command again to go on')
+        yield scenes
 
 # %% ../../nbs/10_world/80_generate.ipynb #c016
 ABOUT = ('Synthetic driving scenes in nuScenes v1.0 and OpenScene (NAVSIM) format. The location names are those of nuScenes and nuPlan because their devkits know no '
@@ -259,17 +265,11 @@ def _hashed(root: Path) -> list[Path]:
 # %% ../../nbs/10_world/80_generate.ipynb #c018
 def _mask(task): return mask_png(*task)
 
-class _Begun:
-    "Files that other processes digest while this one goes on."
-    def __init__(self, root: Path, names: list[str], pool, chunksize: int = 1):
-        self.names = names
-        self.digests = zip(names, pool.imap(file_digest, [root / n for n in names], chunksize=chunksize))
-
-def _write_digests(root: Path, begun: list, pool) -> str:
+def _write_digests(root: Path, known: dict[str, str], pool) -> str:
     "Digest every hashed file that is not digested yet, write the list, return the hash of the list."
-    names, known = [str(p.relative_to(root)) for p in _hashed(root)], {}
-    rest = sorted({*names}.difference(*[b.names for b in begun]), key=lambda n: -(root / n).stat().st_size)
-    for some in (*begun, _Begun(root, rest, pool)): known.update(some.digests)
+    names = [str(p.relative_to(root)) for p in _hashed(root)]
+    rest = sorted({*names} - {*known}, key=lambda n: -(root / n).stat().st_size)
+    known = known | dict(zip(rest, pool.imap(file_digest, [root / n for n in rest])))
     digests = {n: known[n] for n in names}
     write_json(root / VERSION / 'files.json', digests)
     return world_hash(digests)
@@ -284,19 +284,16 @@ def _same_file(source: Path, target: Path):
     try: os.link(source, target)
     except OSError: shutil.copyfile(source, target)
 
-def _assemble(tmp: Path, folder: Path, jobs, tok, sheets, polygons, image_size, pool) -> tuple[WorldFiles, list]:
-    "Put the shards together, and have the other processes digest what lies there already."
-    files, begun = WorldFiles(tmp, tok, sheets), []
-    masks = pool.imap(_mask, [(polygons[m], sheets[m]) for m in sheets])
-    for i, _ in enumerate(progress(_shards(jobs), 'assemble')):
-        scenes = _load(folder / f'shard-{i:03d}' / 'records.bin')
-        for s in scenes: files.add(s)
-        begun.append(_Begun(tmp, [name for s in scenes for name, _ in s['files']], pool, 32))
+def _assemble(tmp: Path, folder: Path, shards, tok, sheets, masks, image_size) -> tuple[WorldFiles, dict]:
+    "Put the shards together while later ones are rendered; returns the digests of the scenes' own files too."
+    files, digests = WorldFiles(tmp, tok, sheets), {}
+    for i, scenes in enumerate(shards):
+        for s in scenes: files.add(s); digests.update(s['digests'])
         for z in sorted((folder / f'shard-{i:03d}').glob('*.zip')): _same_file(z, tmp / 'blobs' / z.name)
     for m, png in zip(sheets, masks): (tmp / 'maps' / f'{m}.png').write_bytes(png)
     close_files(files, image_size)
     write_json(tmp / VERSION / 'splits.json', files.splits)
-    return files, begun
+    return files, digests
 
 # %% ../../nbs/10_world/80_generate.ipynb #c019
 def generate(
@@ -319,12 +316,13 @@ def generate(
     with shard_folder(out, plan) as folder, worker_pool(workers) as pool:
         _first_pass(folder, jobs, pool)
         offset, sheets, polygons = _lay_out(folder, jobs)
-        _second_pass(folder, jobs, offset, seed, image_size, pool, until)
+        masks = pool.imap(_mask, [(polygons[m], sheets[m]) for m in sheets])
         with atomic_dir(out) as tmp:
             (tmp / 'GENERATING').write_text(str(os.getpid()))
-            files, begun = _assemble(tmp, folder, jobs, tok, sheets, polygons, image_size, pool)
+            shards = _second_pass(folder, jobs, offset, seed, image_size, pool, until)
+            files, digests = _assemble(tmp, folder, shards, tok, sheets, masks, image_size)
             card = _card(files, size, seed, image_size)
-            card['hash'] = _write_digests(tmp, begun, pool)
+            card['hash'] = _write_digests(tmp, digests, pool)
             write_json(tmp / VERSION / 'minidrive.json', card)
             (tmp / 'README.md').write_text(card_text(card), encoding='utf-8')
             (tmp / 'GENERATING').unlink()

@@ -105,6 +105,7 @@ def fit(
     h, w = image.shape[1:]
     H, W = size
     nh, nw = _scaled((h, w), size, mode)
+    if (nh, nw) == (h, w) == (H, W): return image, np.eye(3)
     if (nh, nw) == (h, w): small = image.transpose(1, 2, 0)
     else: small = cv2.resize(np.ascontiguousarray(image.transpose(1, 2, 0)), (nw, nh), interpolation=cv2.INTER_AREA if nh <= h else cv2.INTER_LINEAR)
     top, left = (H - nh) // 2, (W - nw) // 2

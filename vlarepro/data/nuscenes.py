@@ -458,7 +458,7 @@ def images(
         name = self.nusc.get("sample_data", data[channel])["filename"]
         im = decode(self.blobs.read(name, token), name, token)
         got[v] = fit(im, self.image_size, self.resize)[0] if self.image_size else im
-    valid = np.isin(np.arange(len(self.cameras)), list(got))
+    valid = np.array([v in got for v in range(len(self.cameras))])
     sizes = {im.shape for im in got.values()}
     if len(sizes) > 1: raise ValueError(f"sample {token}: views of different sizes {sorted(s[1:] for s in sizes)}: give image_size")
     if not sizes and not self.image_size: raise ValueError(f"sample {token} has none of {', '.join(self.cameras)}: give image_size, or read without images")

@@ -215,11 +215,15 @@ def can_columns(scene: Scene, offset: np.ndarray) -> dict[str, dict]:
 def _message_stats(columns: dict) -> dict:
     "The `meta` entry of one message type."
     us = columns['utime']
-    span, stats = float(us[-1] - us[0]) / 1e6, {}
-    for key, c in columns.items():
-        if key == 'utime': continue
-        c, d = np.asarray(c, float), np.diff(np.asarray(c, float), axis=0)
-        stats[key] = {**{f: _round(getattr(np, f)(c, 0)) for f in ('max', 'mean', 'min', 'std')}, **{f'diff_{f}': _round(getattr(np, f)(d, 0)) for f in ('max', 'mean', 'min', 'std')}}
+    span, values = float(us[-1] - us[0]) / 1e6, {key: np.asarray(c, float) for key, c in columns.items() if key != 'utime'}
+    flat = next(iter(values.values())).ndim == 1                        # all columns of a message are numbers, or all are vectors
+    axis, x = (1, np.stack(list(values.values()))) if flat else (0, np.concatenate(list(values.values()), 1))
+    rows = _round([getattr(np, f)(v, axis) for v in (x, np.diff(x, axis=axis)) for f in ('max', 'mean', 'min', 'std')])
+    names, stats, i = [d + f for d in ('', 'diff_') for f in ('max', 'mean', 'min', 'std')], {}, 0
+    for key, c in values.items():
+        n = 1 if flat else c.shape[1]
+        stats[key] = {name: row[i] if flat else row[i:i + n] for name, row in zip(names, rows)}
+        i += n
     return dict(message_count=len(us), message_freq=round(len(us) / span, 4), timespan=round(span, 4), var_stats=stats)
 
 def can_bus(
@@ -298,13 +302,12 @@ class Layers:
 
     def node(self, xy) -> list[str]:
         "Tokens of points (n, 2) in the world frame."
-        tokens = []
-        for x, y in _round(np.asarray(xy)[:, :2] + self.offset, 2):
+        points = list(map(tuple, _round(np.asarray(xy)[:, :2] + self.offset, 2)))
+        for x, y in points:
             if (x, y) not in self.nodes:
-                self.nodes[x, y] = self.tok('node', self.name, x, y)
-                self.out['node'].append(dict(token=self.nodes[x, y], x=x, y=y))
-            tokens.append(self.nodes[x, y])
-        return tokens
+                self.nodes[x, y] = token = self.tok('node', self.name, x, y)
+                self.out['node'].append(dict(token=token, x=x, y=y))
+        return [self.nodes[p] for p in points]
 
     def polygon(self, *key, xy) -> str:
         token = self.tok('polygon', self.name, *key)
@@ -425,7 +428,7 @@ def map_layers(
     return m.out
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c046
-_encode = json.JSONEncoder(separators=(',', ':'), ensure_ascii=False, allow_nan=False).encode
+_encode = json.JSONEncoder(separators=(',', ':'), ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 def fragment(
     records,    # a list of records, or a dict of them

@@ -309,14 +309,14 @@ class Layers:
                 self.out['node'].append(dict(token=token, x=x, y=y))
         return [self.nodes[p] for p in points]
 
-    def polygon(self, *key, xy) -> str:
+    def polygon(self, *key, nodes) -> str:
         token = self.tok('polygon', self.name, *key)
-        self.out['polygon'].append(dict(token=token, exterior_node_tokens=self.node(xy), holes=[]))
+        self.out['polygon'].append(dict(token=token, exterior_node_tokens=nodes, holes=[]))
         return token
 
-    def line(self, *key, xy) -> str:
+    def line(self, *key, nodes) -> str:
         token = self.tok('line', self.name, *key)
-        self.out['line'].append(dict(token=token, node_tokens=self.node(xy)))
+        self.out['line'].append(dict(token=token, node_tokens=nodes))
         return token
 
     def add(self, layer: str, *key, **fields) -> str:
@@ -330,20 +330,19 @@ def arcs(
 ) -> list[dict]:                     # records of arcline_path_3
     "A centre line as a chain of circular arcs, each starting exactly on the line."
     bend = np.diff(line[:, 2]) / np.maximum(np.hypot(*np.diff(line[:, :2], axis=0).T), .05)
-    fits = [(m, np.ptp(np.lib.stride_tricks.sliding_window_view(np.pad(bend, (0, m - 1), 'edge'), m), axis=1) * m * m < .6) for m in (ARC_M, ARC_M // 2)]
-    cut, i, out = [0], 0, []
+    ahead = bend[np.minimum(np.arange(len(bend))[:, None] + np.arange(ARC_M), len(bend) - 1)]
+    fits = [np.ptp(ahead[:, :m], axis=1) * m * m < .6 for m in (ARC_M, ARC_M // 2)]
+    steps, cut, i, out = np.select(fits, (ARC_M, ARC_M // 2), ARC_M // 4).tolist(), [0], 0, []
     while i < len(bend):  # shorter arcs where the curvature changes
-        n = next((m for m, ok in fits if ok[i]), ARC_M // 4)
-        i = len(bend) if len(bend) - i - n < 2 else i + n
+        i = len(bend) if len(bend) - i - steps[i] < 2 else i + steps[i]
         cut.append(i)
-    cut.pop()
-    for i, j in zip(cut, [*cut[1:], len(line) - 1]):
-        chord, turn = float(np.hypot(*(line[j, :2] - line[i, :2]))), float(wrap_angle(line[j, 2] - line[i, 2]))
-        length = chord if abs(turn) < 1e-4 else chord * (turn / 2) / np.sin(turn / 2)
-        straight = abs(turn) < 1e-3
-        start, end = _round(line[[i, j]])
+    ends, poses = line[cut], _round(line[cut])
+    chords, turns = np.hypot(*np.diff(ends[:, :2], axis=0).T), wrap_angle(np.diff(ends[:, 2]))
+    for start, end, chord, turn, sine in zip(poses, poses[1:], chords.tolist(), turns.tolist(), np.sin(turns / 2)):
+        length = chord if abs(turn) < 1e-4 else chord * (turn / 2) / sine
+        straight, segment = abs(turn) < 1e-3, round(length, 4)
         out.append(dict(start_pose=start, end_pose=end, shape='LSR' if straight else 'LSL' if turn > 0 else 'RSR', radius=999.999 if straight else round(length / abs(turn), 4),
-                        segment_length=[0., round(length, 4), 0.] if straight else [round(length, 4), 0., 0.]))
+                        segment_length=[0., segment, 0.] if straight else [segment, 0., 0.]))
     return out
 
 def bend_nodes(
@@ -352,8 +351,8 @@ def bend_nodes(
 ) -> np.ndarray:                     # indices worth keeping
     "Both ends, and as many points between as the sharpest bend needs."
     n, kappa = len(line), np.abs(np.diff(line[:, 2])).max()
-    step = int(np.clip(np.sqrt(8 * off_m / max(kappa, 1e-9)), 1, n))
-    return np.unique(np.append(np.arange(0, n, step), n - 1))
+    step = int(min(max(np.sqrt(8 * off_m / max(kappa, 1e-9)), 1), n))
+    return np.append(np.arange(0, n - 1, step), n - 1)
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c042
 def _add_lanes(m: Layers, scene: Scene) -> dict[int, str]:
@@ -363,17 +362,17 @@ def _add_lanes(m: Layers, scene: Scene) -> dict[int, str]:
     token = {i: m.tok(layer[i], m.name, i) for i in lanes}
     for i, l in lanes.items():
         keep, n = bend_nodes(l.centerline), len(l.centerline)
-        left, right = l.polygon[:n][keep], l.polygon[n:][::-1][keep]
-        polygon = m.polygon('lane', i, xy=np.concatenate([left, right[::-1]]))
+        nodes = m.node(np.concatenate([l.polygon[:n][keep], l.polygon[n:][::-1][keep][::-1]]))
+        left, right, polygon = nodes[:len(keep)], nodes[:len(keep) - 1:-1], m.polygon('lane', i, nodes=nodes)
         m.out['arcline_path_3'][token[i]] = arcs(l.centerline + [*m.offset, 0.])
         m.out['connectivity'][token[i]] = dict(incoming=[token[j] for j in l.predecessors], outgoing=[token[j] for j in l.successors])
         if l.in_intersection: m.add('lane_connector', i, polygon_token=polygon); continue
-        start, end = m.line('lane_from', i, xy=[left[0], right[0]]), m.line('lane_to', i, xy=[left[-1], right[-1]])
+        start, end = m.line('lane_from', i, nodes=[left[0], right[0]]), m.line('lane_to', i, nodes=[left[-1], right[-1]])
         blocks[i] = m.add('road_block', i, polygon_token=polygon, from_edge_line_token=start, to_edge_line_token=end, road_segment_token=m.tok('road_segment', m.name, 0))
         kind = lambda other: 'DASHED_WHITE' if other is not None else 'SOLID_WHITE'
         m.add('lane', i, polygon_token=polygon, lane_type='CAR', from_edge_line_token=start, to_edge_line_token=end,
-              left_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.left)) for t in m.node(left)],
-              right_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.right)) for t in m.node(right)])
+              left_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.left)) for t in left],
+              right_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.right)) for t in right])
     return blocks
 
 _SEGMENTS = dict(dashed='DASHED_WHITE', solid='SOLID_WHITE', temporary='SOLID_YELLOW')
@@ -383,19 +382,19 @@ def _add_areas(m: Layers, scene: Scene) -> None:
     "drivable_area, road_segment, ped_crossing, dividers."
     road = scene.road
     tidy = lambda p: shapely.get_coordinates(shapely.simplify(shapely.Polygon(p), .05))[:-1]
-    polygons = [m.polygon('drivable', i, xy=tidy(p)) for i, p in enumerate(road.drivable)]
+    polygons = [m.polygon('drivable', i, nodes=m.node(tidy(p))) for i, p in enumerate(road.drivable)]
     area = m.add('drivable_area', 0, polygon_tokens=polygons)
     for i, p in enumerate(polygons): m.add('road_segment', i, polygon_token=p, is_intersection=False, drivable_area_token=area)
     for i, p in enumerate(road.intersections):
-        m.add('road_segment', 'x', i, polygon_token=m.polygon('intersection', i, xy=tidy(p)), is_intersection=True, drivable_area_token=area)
+        m.add('road_segment', 'x', i, polygon_token=m.polygon('intersection', i, nodes=m.node(tidy(p))), is_intersection=True, drivable_area_token=area)
     for i, (xy, kind) in enumerate(road.marks):
         if kind in ('edge', 'hatch', 'arrow') or len(xy) < 2: continue
-        line = shapely.get_coordinates(shapely.simplify(shapely.LineString(xy), .05))
-        token = m.line('mark', i, xy=line)
+        nodes = m.node(shapely.get_coordinates(shapely.simplify(shapely.LineString(xy), .05)))
+        token = m.line('mark', i, nodes=nodes)
         if kind in ('double', 'center'): m.add('road_divider', i, line_token=token, road_segment_token=m.tok('road_segment', m.name, 0))
-        else: m.add('lane_divider', i, line_token=token, lane_divider_segments=[dict(node_token=t, segment_type=_SEGMENTS[kind]) for t in m.node(line)])
+        else: m.add('lane_divider', i, line_token=token, lane_divider_segments=[dict(node_token=t, segment_type=_SEGMENTS[kind]) for t in nodes])
     for i, p in enumerate(road.crosswalks):
-        m.add('ped_crossing', i, polygon_token=m.polygon('crossing', i, xy=p), road_segment_token=m.tok('road_segment', m.name, 0))
+        m.add('ped_crossing', i, polygon_token=m.polygon('crossing', i, nodes=m.node(p)), road_segment_token=m.tok('road_segment', m.name, 0))
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c043
 def _add_signals(m: Layers, scene: Scene, blocks: dict[int, str]) -> None:
@@ -406,14 +405,14 @@ def _add_signals(m: Layers, scene: Scene, blocks: dict[int, str]) -> None:
         tip = np.asarray(s.xyz)[:2] + 2 * np.array([np.cos(s.heading_rad), np.sin(s.heading_rad)])
         pose = dict(tx=x, ty=y, tz=z, rx=0., ry=0., rz=round(float(s.heading_rad), 4))
         items = [dict(color=c, shape='CIRCLE', rel_pos=dict(tx=0., ty=0., tz=dz, rx=0., ry=0., rz=0.), to_road_block_tokens=[]) for c, dz in (('RED', .4), ('YELLOW', 0.), ('GREEN', -.4))]
-        lamps[s.id] = m.add('traffic_light', s.id, line_token=m.line('lamp', s.id, xy=[s.xyz[:2], tip]), traffic_light_type='VERTICAL',
+        lamps[s.id] = m.add('traffic_light', s.id, line_token=m.line('lamp', s.id, nodes=m.node([s.xyz[:2], tip])), traffic_light_type='VERTICAL',
                             from_road_block_token=next((blocks[i] for i in s.lanes if i in blocks), ''), items=items, pose=pose)
     for i, l in enumerate(scene.road.stop_lines):
         along = l.line[1] - l.line[0]
         across = np.array([-along[1], along[0]]) / max(np.hypot(*along), 1e-6) * .4
         quad = np.stack([l.line[0] + across, l.line[1] + across, l.line[1] - across, l.line[0] - across])
         held = [s.id for s in scene.road.signals if set(s.lanes) & set(l.lanes)]
-        m.add('stop_line', i, polygon_token=m.polygon('stop_line', i, xy=quad), stop_line_type=STOP_LINE_TYPES[l.kind],
+        m.add('stop_line', i, polygon_token=m.polygon('stop_line', i, nodes=m.node(quad)), stop_line_type=STOP_LINE_TYPES[l.kind],
               ped_crossing_tokens=[], traffic_light_tokens=[lamps[j] for j in held], road_block_token=next((blocks[j] for j in l.lanes if j in blocks), ''))
 
 def map_layers(

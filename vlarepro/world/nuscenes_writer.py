@@ -6,9 +6,9 @@
 __all__ = ['VERSION', 'EPOCH_US', 'CATEGORIES', 'ATTRIBUTES', 'VISIBILITY', 'CHANNELS', 'LIDAR_X', 'LIDAR_Z', 'MARGIN_M',
            'BEAM_RAD', 'ATTRIBUTE_OF', 'HAPPENS', 'STEERING_RATIO', 'WHEEL_RADIUS_M', 'GRAVITY', 'GRID', 'CELL_M',
            'BAND_M', 'LIST_LAYERS', 'DICT_LAYERS', 'ARC_M', 'STOP_LINE_TYPES', 'Tokens', 'start_us', 'static_tables',
-           'calibrated_sensors', 'scene_extent', 'shelf_pack', 'filename', 'frame_tables', 'annotated', 'lidar_returns',
-           'annotation_tables', 'describe', 'scene_tables', 'can_columns', 'can_bus', 'lidar_clouds', 'mask_png',
-           'Layers', 'arcs', 'bend_nodes', 'map_layers', 'fragment']
+           'calibrated_sensors', 'scene_extent', 'shelf_pack', 'filename', 'frame_tables', 'sighted', 'annotated',
+           'lidar_returns', 'annotation_tables', 'describe', 'scene_tables', 'can_columns', 'can_bus', 'lidar_clouds',
+           'mask_png', 'Layers', 'arcs', 'bend_nodes', 'map_layers', 'fragment']
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c003
 import hashlib
@@ -131,15 +131,17 @@ BEAM_RAD = (np.radians(.33), np.radians(1.33))  # azimuth and elevation step of 
 ATTRIBUTE_OF = {('vehicle', 'moving'): 'vehicle.moving', ('vehicle', 'stopped'): 'vehicle.stopped', ('vehicle', 'parked'): 'vehicle.parked',
                 ('human', 'moving'): 'pedestrian.moving', ('human', 'standing'): 'pedestrian.standing', ('vehicle', 'with rider'): 'cycle.with_rider'}
 
+def sighted(valid: np.ndarray, distance_m: np.ndarray) -> np.ndarray:  # (k, *agents)
+    "From the first to the last keyframe within sight range, where the agent exists."
+    near = valid & (distance_m <= SIGHT_M)
+    return np.logical_or.accumulate(near) & np.logical_or.accumulate(near[::-1])[::-1] & valid
+
 def annotated(
     seen: Observed,
     agent: int,      # column
 ) -> np.ndarray:     # keyframes at which the agent is annotated
     "Keyframes from the first to the last at which the agent is within sight range, where it exists."
-    near = np.flatnonzero(seen.valid[:, agent] & (seen.distance_m[:, agent] <= SIGHT_M))
-    if not len(near): return near
-    ks = np.arange(near[0], near[-1] + 1)
-    return ks[seen.valid[ks, agent]]
+    return np.flatnonzero(sighted(seen.valid[:, agent], seen.distance_m[:, agent]))
 
 def lidar_returns(scene: Scene, seen: Observed, i: int) -> np.ndarray:  # (k,) expected number of points
     "Expected returns of a 32-beam lidar from the visible part of a box."

@@ -9,6 +9,7 @@ __all__ = ['N_BINS', 'TALL_M', 'SIGHT_M', 'NAMES', 'STATUSES', 'SECTORS', 'ASK_M
 
 # %% ../../nbs/10_world/60_language.ipynb #c003
 from dataclasses import dataclass
+from math import atan2, degrees
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -123,7 +124,7 @@ def sector(
     dy: float,  # leftward offset [m]
 ) -> int:       # index into SECTORS
     "One of six 60° sectors, the first centred on straight ahead."
-    return int(((np.degrees(np.arctan2(dy, dx)) + 30) % 360) // 60)
+    return int(((degrees(atan2(dy, dx)) + 30) % 360) // 60)
 
 # %% ../../nbs/10_world/60_language.ipynb #c017
 ASK_M, ASK_RAD, ASK_VISIBLE = 45.0, np.radians(75), .4
@@ -143,8 +144,9 @@ def things(
 ) -> list[Thing]:      # nearest first
     "The objects a question at keyframe k may name."
     ok = seen.valid[k] & (seen.distance_m[k] < ASK_M) & (np.abs(seen.bearing_rad[k]) < ASK_RAD) & (seen.visible[k] >= ASK_VISIBLE)
-    order = sorted(np.flatnonzero(ok), key=lambda i: seen.distance_m[k, i])
-    return [Thing(NAMES[scene.agents[i].category], STATUSES[seen.status[k, i]], *map(float, seen.xy[k, i])) for i in order]
+    order = np.flatnonzero(ok)
+    order = order[seen.distance_m[k, order].argsort(kind='stable')]
+    return [Thing(NAMES[scene.agents[i].category], STATUSES[s], x, y) for i, s, (x, y) in zip(order, seen.status[k, order], seen.xy[k, order].tolist())]
 
 def noun(name: str, status: str = '', plural: bool = False) -> str:
     "A noun phrase: 'parked cars', 'bicycle with rider'."
@@ -174,10 +176,10 @@ class Group:
 
 def _unique(objects: list[Thing]) -> list[tuple[Thing, str]]:
     "Objects that a phrase without relation singles out."
-    out = []
+    out, names, both = [], [o.name for o in objects], [(o.name, o.status) for o in objects]
     for o in objects:
-        if sum(p.name == o.name for p in objects) == 1: out.append((o, noun(o.name)))
-        elif o.status and sum((p.name, p.status) == (o.name, o.status) for p in objects) == 1: out.append((o, noun(o.name, o.status)))
+        if names.count(o.name) == 1: out.append((o, noun(o.name)))
+        elif o.status and both.count((o.name, o.status)) == 1: out.append((o, noun(o.name, o.status)))
     return out
 
 def group(
@@ -191,8 +193,8 @@ def group(
     "All objects that match a name, a status and (one hop) a direction."
     match = [o for o in objects if name in ('', o.name) and status in ('', o.status)]
     if hop == 0: return Group(name, status, '', tuple(match))
-    refs = [(None, 'me')] + [(r, f'the {words}') for r, words in _unique(objects) if r is not near]
-    ref, words = refs[0] if dice.coin(.6) else dice.pick(refs)
+    me = None, 'me'
+    ref, words = me if dice.coin(.6) else dice.pick([me] + [(r, f'the {words}') for r, words in _unique(objects) if r is not near])
     x0, y0 = (ref.x, ref.y) if ref else (0., 0.)
     s = sector(near.x - x0, near.y - y0) if near else dice.pick((0, 0, 1, 5) if ref is None else range(6))
     inside = [o for o in match if o is not ref and sector(o.x - x0, o.y - y0) == s]

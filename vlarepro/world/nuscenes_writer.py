@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VERSION', 'EPOCH_US', 'CATEGORIES', 'ATTRIBUTES', 'VISIBILITY', 'CHANNELS', 'LIDAR_X', 'LIDAR_Z', 'MARGIN_M',
            'BEAM_RAD', 'ATTRIBUTE_OF', 'HAPPENS', 'STEERING_RATIO', 'WHEEL_RADIUS_M', 'GRAVITY', 'GRID', 'CELL_M',
-           'BAND_M', 'LIST_LAYERS', 'DICT_LAYERS', 'ARC_M', 'STOP_LINE_TYPES', 'Tokens', 'start_us', 'static_tables',
-           'calibrated_sensors', 'scene_extent', 'shelf_pack', 'filename', 'frame_tables', 'sighted', 'annotated',
-           'lidar_returns', 'annotation_tables', 'describe', 'scene_tables', 'can_columns', 'can_bus', 'lidar_clouds',
-           'mask_png', 'Layers', 'arcs', 'bend_nodes', 'map_layers', 'fragment']
+           'BAND_M', 'LIST_LAYERS', 'DICT_LAYERS', 'ARC_M', 'STOP_LINE_TYPES', 'compact', 'Tokens', 'start_us',
+           'static_tables', 'calibrated_sensors', 'scene_extent', 'shelf_pack', 'filename', 'frame_tables', 'sighted',
+           'annotated', 'lidar_returns', 'annotation_tables', 'describe', 'scene_tables', 'can_columns', 'can_bus',
+           'lidar_clouds', 'mask_png', 'Layers', 'arcs', 'bend_nodes', 'map_layers', 'fragment']
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c003
 import hashlib
@@ -156,18 +156,19 @@ def annotation_tables(tok: Tokens, scene: Scene, seen: Observed, offset: np.ndar
     "instance and sample_annotation of one scene."
     name, anns, instances = scene.name, [], []
     sample = [tok('sample', name, k) for k in range(len(seen.step))]
-    level = np.searchsorted([.4, .6, .8], seen.visible, side='right') + 1
+    level = (np.searchsorted([.4, .6, .8], seen.visible, side='right') + 1).tolist()
+    attributes = {key: [tok('attribute', a)] for key, a in ATTRIBUTE_OF.items()}
     for i, a in enumerate(scene.agents):
-        ks = annotated(seen, i)
-        if not len(ks): continue
-        track = a.track[seen.step[ks]]
+        at = annotated(seen, i)
+        if not len(at): continue
+        ks, track = at.tolist(), a.track[seen.step[at]]
         xyz = _round(np.concatenate([track[:, :2] + offset, np.full((len(ks), 1), a.size_lwh[2] / 2)], 1))
         ids = [tok('sample_annotation', name, a.id, k) for k in ks] + ['']
         instance, size, root = tok('instance', name, a.id), _round(a.size_lwh[[1, 0, 2]]), a.category.split('.')[0]
-        attribute = [ATTRIBUTE_OF.get((root, STATUSES[s])) for s in seen.status[ks, i]]
-        for j, (k, p, q, points) in enumerate(zip(ks, xyz, _quaternion(track[:, 2]), lidar_returns(scene, seen, i)[ks].tolist())):
-            anns.append(dict(token=ids[j], sample_token=sample[k], instance_token=instance, visibility_token=str(level[k, i]),
-                             attribute_tokens=[tok('attribute', attribute[j])] if attribute[j] else [], translation=p, size=size, rotation=q,
+        attribute = [attributes.get((root, STATUSES[s]), []) for s in seen.status[at, i]]
+        for j, (k, p, q, points) in enumerate(zip(ks, xyz, _quaternion(track[:, 2]), lidar_returns(scene, seen, i)[at].tolist())):
+            anns.append(dict(token=ids[j], sample_token=sample[k], instance_token=instance, visibility_token=str(level[k][i]),
+                             attribute_tokens=attribute[j], translation=p, size=size, rotation=q,
                              prev=ids[j - 1], next=ids[j + 1], num_lidar_pts=points, num_radar_pts=0))
         instances.append(dict(token=instance, category_token=tok('category', a.category), nbr_annotations=len(ks),
                               first_annotation_token=ids[0], last_annotation_token=ids[-2]))
@@ -199,7 +200,7 @@ GRAVITY = 9.81          # [m/s^2]
 def can_columns(scene: Scene, offset: np.ndarray) -> dict[str, dict]:
     "Columns of every message type; all have `utime`."
     t, (x, y, yaw, v, a, r, steer) = np.rint(scene.t * 1e6).astype(np.int64) + start_us(scene), scene.ego.T
-    zero, k = np.zeros_like(v), slice(None, None, KEYFRAME_STEP)
+    zero, k, turn = np.zeros_like(v), slice(None, None, KEYFRAME_STEP), _quaternion(yaw)
     accel, rate = np.stack([a, v * r, zero + GRAVITY], -1), np.stack([zero, zero, r], -1)
     wheel = -steer * STEERING_RATIO
     rpm = v / (2 * np.pi * WHEEL_RADIUS_M) * 60
@@ -208,8 +209,8 @@ def can_columns(scene: Scene, offset: np.ndarray) -> dict[str, dict]:
                    gear_position=np.full(len(v), 7), left_signal=(scene.command == LEFT).astype(int), rear_left_rpm=rpm, rear_right_rpm=rpm,
                    right_signal=(scene.command == RIGHT).astype(int), steering=np.degrees(wheel), steering_speed=np.degrees(turning),
                    throttle=np.rint(np.clip(a * 300, 0, 1000)).astype(int), utime=t, vehicle_speed=v * 3.6, yaw_rate=np.degrees(r))
-    return dict(pose=dict(accel=accel, orientation=_quaternion(yaw), pos=np.stack([x + offset[0], y + offset[1], zero], -1), rotation_rate=rate, utime=t, vel=np.stack([v, zero, zero], -1)),
-                ms_imu=dict(linear_accel=accel, q=_quaternion(yaw), rotation_rate=rate, utime=t),
+    return dict(pose=dict(accel=accel, orientation=turn, pos=np.stack([x + offset[0], y + offset[1], zero], -1), rotation_rate=rate, utime=t, vel=np.stack([v, zero, zero], -1)),
+                ms_imu=dict(linear_accel=accel, q=turn, rotation_rate=rate, utime=t),
                 steeranglefeedback=dict(utime=t, value=wheel), vehicle_monitor={key: c[k] for key, c in monitor.items()},
                 command=dict(utime=t[k], command=scene.command[k].astype(int)))
 
@@ -429,10 +430,10 @@ def map_layers(
     return m.out
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c046
-_encode = json.JSONEncoder(separators=(',', ':'), ensure_ascii=False, allow_nan=False, check_circular=False).encode
+compact = json.JSONEncoder(separators=(',', ':'), ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 def fragment(
     records,    # a list of records, or a dict of them
 ) -> bytes:     # JSON without the outer brackets, a record a line
     "The inside of a JSON list or object."
-    return _encode(records)[1:-1].replace('},{', '},\n{').encode()
+    return compact(records)[1:-1].replace('},{', '},\n{').encode()

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..core.notation import wrap_angle
-from .scene import KEYFRAME_STEP, Agent, Scene, box_corners
+from .scene import KEYFRAME_STEP, Agent, Scene
 
 # %% ../../nbs/10_world/60_language.ipynb #c006
 N_BINS = 720                      # half-degree directions

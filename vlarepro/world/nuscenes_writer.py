@@ -341,11 +341,13 @@ def arcs(
         cut.append(i)
     ends, poses = line[cut], _round(line[cut])
     chords, turns = np.hypot(*np.diff(ends[:, :2], axis=0).T), wrap_angle(np.diff(ends[:, 2]))
-    for start, end, chord, turn, sine in zip(poses, poses[1:], chords.tolist(), turns.tolist(), np.sin(turns / 2)):
-        length = chord if abs(turn) < 1e-4 else chord * (turn / 2) / sine
-        straight, segment = abs(turn) < 1e-3, round(length, 4)
-        out.append(dict(start_pose=start, end_pose=end, shape='LSR' if straight else 'LSL' if turn > 0 else 'RSR', radius=999.999 if straight else round(length / abs(turn), 4),
-                        segment_length=[0., segment, 0.] if straight else [segment, 0., 0.]))
+    bent = np.where(np.abs(turns) < 1e-4, 1., turns)
+    lengths = chords * (bent / 2) / np.sin(bent / 2)
+    radii = _round(lengths / np.abs(bent))
+    for start, end, chord, turn, length, radius in zip(poses, poses[1:], chords.tolist(), turns.tolist(), _round(lengths), radii):
+        straight, length = abs(turn) < 1e-3, round(chord, 4) if abs(turn) < 1e-4 else length
+        out.append(dict(start_pose=start, end_pose=end, shape='LSR' if straight else 'LSL' if turn > 0 else 'RSR', radius=999.999 if straight else radius,
+                        segment_length=[0., length, 0.] if straight else [length, 0., 0.]))
     return out
 
 def bend_nodes(

@@ -25,8 +25,9 @@ def inside(
     polygon: Float[np.ndarray, "m 2"],
 ) -> bool:
     "Even-odd test of a point in a polygon."
-    a, b = polygon, np.roll(polygon, -1, 0)
+    a, b = polygon, np.concatenate([polygon[1:], polygon[:1]])
     crosses = (a[:, 1] > xy[1]) != (b[:, 1] > xy[1])
+    if not crosses.any(): return False
     dy = np.where(crosses, b[:, 1] - a[:, 1], 1.)
     return bool((crosses & (xy[0] < a[:, 0] + (xy[1] - a[:, 1]) / dy * (b[:, 0] - a[:, 0]))).sum() % 2)
 

@@ -38,11 +38,19 @@ def past(
     step: int,   # now, index into the 10 Hz arrays
 ) -> Past:
     "The ego's motion over the last two seconds."
-    first, short = max(0, step - PAST_STEPS), max(0, step - 5)
-    v, still = scene.ego[:step + 1, 3], 0
-    while still < step and abs(v[step - still]) < STILL_MPS: still += 1
-    return Past((step - first) * DT_S, float(v[step]), float(v[first]), float((v[step] - v[short]) / max((step - short) * DT_S, DT_S)),
-                float(np.hypot(*np.diff(scene.ego[first:step + 1, :2], axis=0).T).sum()), float(wrap_angle(scene.ego[step, 2] - scene.ego[first, 2])), still * DT_S, int(scene.command[step]))
+    return _pasts(scene, [step])[0]
+
+def _pasts(scene: Scene, steps) -> list[Past]:
+    "The `past` of some steps."
+    starts, v, command, out = np.maximum(np.array(steps) - PAST_STEPS, 0), scene.ego[:, 3].tolist(), scene.command.tolist(), []
+    turned = wrap_angle(scene.ego[steps, 2] - scene.ego[starts, 2]).tolist()
+    ways = np.hypot(*np.diff(scene.ego[:, :2], axis=0).T)
+    moving = np.maximum.accumulate(np.where(np.abs(scene.ego[:, 3]) < STILL_MPS, 0, np.arange(len(v)))).tolist()   # last step at which it moved
+    for step, first, turn in zip(steps, starts.tolist(), turned):
+        short = max(0, step - 5)
+        out.append(Past((step - first) * DT_S, v[step], v[first], (v[step] - v[short]) / max((step - short) * DT_S, DT_S), float(ways[first:step].sum()), turn,
+                        (step - moving[step]) * DT_S, command[step]))
+    return out
 
 # %% ../../nbs/10_world/62_facts.ipynb #c009
 @dataclass(frozen=True)
@@ -99,7 +107,8 @@ class Placed:
 def _nearest(xy, line: RouteLine, low, high):
     "Index of the nearest point of the line between two indices, for points (k, n, 2) and index windows (k,)."
     at = np.clip(low[:, None] + np.arange(int((high - low).max())), 0, len(line.s) - 1)
-    gap = ((xy[:, :, None] - line.xyh[at][:, None, :, :2]) ** 2).sum(-1)
+    dx, dy = (xy[:, :, None, j] - line.xyh[at, j][:, None] for j in (0, 1))
+    gap = dx ** 2 + dy ** 2
     return np.take_along_axis(at, gap.argmin(-1), 1)
 
 def place(
@@ -270,10 +279,9 @@ class View:
 
 def _objects(scene: Scene, placed: Placed, k: int, step: int, v: float) -> list[Fact]:
     "Facts about road users and things on the road."
-    out, posts = [], []
-    for n in np.flatnonzero(placed.seen[k]):
+    out, posts, near = [], [], np.flatnonzero(placed.seen[k])
+    for n, gap, d, half, along, across in zip(near, *(x[k, near].tolist() for x in (placed.gap, placed.d, placed.half, placed.along, placed.across))):
         a = scene.agents[n]
-        gap, d, half, along, across = (float(x[k, n]) for x in (placed.gap, placed.d, placed.half, placed.along, placed.across))
         if a.category.startswith('human'): f = _walker(v, gap, d, along, across)
         elif a.category.startswith('movable'):
             f = None
@@ -294,14 +302,13 @@ def views(
     "The facts of every keyframe of a scene."
     line = route_line(scene)
     placed, fixed, out = place(scene, seen, line), _fixed(scene, line), []
-    for k, step in enumerate(seen.step):
-        own, s = past(scene, int(step)), float(placed.ego_s[k])
+    steps, safe = seen.step.tolist(), _safe(line, slice(None))
+    for k, (step, own, s, i) in enumerate(zip(steps, _pasts(scene, steps), placed.ego_s.tolist(), np.minimum(np.searchsorted(line.s, placed.ego_s), len(line.s) - 1).tolist())):
         nearest: dict = {}
-        things = _objects(scene, placed, k, int(step), own.speed_mps) + _priority_facts(scene, placed, fixed, k, int(step), s, own.speed_mps)
+        things = _objects(scene, placed, k, step, own.speed_mps) + _priority_facts(scene, placed, fixed, k, step, s, own.speed_mps)
         for f in sorted(things, key=lambda f: f.gap_m): nearest.setdefault(f.kind, f)
-        facts = [*nearest.values(), *_road_facts(scene, line, fixed, int(step), s, own.speed_mps)]
-        i = min(int(np.searchsorted(line.s, s)), len(line.s) - 1)
-        cap = float(_safe(line, slice(i, i + 6 + int(1.5 * own.speed_mps))).min())
+        facts = [*nearest.values(), *_road_facts(scene, line, fixed, step, s, own.speed_mps)]
+        cap = float(safe[i:i + 6 + int(1.5 * own.speed_mps)].min())
         out.append(View(own, float(line.limit_mps[i]), cap, float(placed.ego_d[k]), tuple(sorted(facts, key=lambda f: (f.asks_mps2, KINDS.index(f.kind), f.gap_m)))))
     return out
 

@@ -25,7 +25,7 @@ from ..core.pickles import dumps_plain
 from .cameras import CAMERA_NAMES, camera_rig
 from .language import observe
 from .navsim_writer import DATA_SPLIT, FOLDER, NO_CAMERA, anchor_frames, log_name, merged_clouds, openscene_log, scene_filter, split_files, yaml_text
-from .nuscenes_writer import (DICT_LAYERS, LIST_LAYERS, VERSION, Tokens, can_bus, filename, fragment, lidar_clouds, map_layers, scene_tables, start_us, static_tables)
+from .nuscenes_writer import (DICT_LAYERS, LIST_LAYERS, VERSION, Tokens, can_bus, compact, filename, fragment, lidar_clouds, map_layers, scene_tables, start_us, static_tables)
 from .raster import CLASSES, render_scene
 from .scene import KEYFRAME_STEP, Scene
 from .second_stage import (PAIRS_FOLDER, STAGE_FOLDER, STAGE_FRAMES, drive_pairs, group_frame, pair_moments, pair_scenes, second_starts, stage_moments,
@@ -140,7 +140,7 @@ def scene_files(
     npz, (seg, depth) = io.BytesIO(), shrink_labels(r.labels[:n], r.depth[:n])
     np.savez_compressed(npz, seg=seg, depth=depth)
     files, clouds, anchors = _navsim(tok, scene, seen, offset, rig, r.depth[:n])
-    files += [(f'can_bus/{scene.name}_{k}.json', json.dumps(v, separators=(',', ':')).encode()) for k, v in can_bus(scene, offset).items()]
+    files += [(f'can_bus/{scene.name}_{k}.json', compact(v).encode()) for k, v in can_bus(scene, offset).items()]
     return dict(name=scene.name, split=scene.split, map=scene.map, log=tables['log'][0]['token'], counts={k: len(v) for k, v in tables.items()},
                 tables={k: fragment(v) for k, v in tables.items()}, layers={k: fragment(v) for k, v in map_layers(tok, scene, offset).items()},
                 texts=_texts(tok, scene, seen, rig), files=files + extra.files(), anchors=anchors, mapping=extra.mapping, pairs=extra.pairs,

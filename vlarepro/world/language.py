@@ -9,12 +9,13 @@ __all__ = ['N_BINS', 'TALL_M', 'SIGHT_M', 'NAMES', 'STATUSES', 'SECTORS', 'ASK_M
 
 # %% ../../nbs/10_world/60_language.ipynb #c003
 from dataclasses import dataclass
+from math import atan2, degrees
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..core.notation import wrap_angle
-from .scene import KEYFRAME_STEP, Agent, Scene, box_corners
+from .scene import KEYFRAME_STEP, Agent, Scene
 
 # %% ../../nbs/10_world/60_language.ipynb #c006
 N_BINS = 720                      # half-degree directions
@@ -24,19 +25,30 @@ NAMES = {'vehicle.car': 'car', 'vehicle.truck': 'truck', 'vehicle.construction':
          'movable_object.trafficcone': 'traffic cone', 'movable_object.barrier': 'barrier'}
 STATUSES = ('', 'moving', 'stopped', 'parked', 'standing', 'with rider')
 
+def _covered(rel):
+    "Boxes (m, 4, 2) and the directions that they cover, in pairs (p,) of box and direction; distance of each box's nearest corner (m,)."
+    bearing = np.arctan2(rel[..., 1], rel[..., 0])
+    mid = rel.mean(-2)
+    center = np.arctan2(mid[..., 1], mid[..., 0])
+    half = np.maximum(np.abs(wrap_angle(bearing - center[..., None])).max(-1), np.pi / N_BINS)
+    width = 2 * np.pi / N_BINS
+    count = np.minimum(2 * half // width + 4, N_BINS).astype(int)       # a direction or two too many on either side
+    box, first = np.repeat(np.arange(len(rel)), count), ((center - half + np.pi) // width).astype(int) - 1
+    bin = (np.arange(len(box)) + (first - np.cumsum(count) + count)[box]) % N_BINS
+    turn = ((bin + .5) * width - np.pi) - center[box] + np.pi           # `wrap_angle` for less than a turn too much
+    turn += np.where(turn < 0, 2 * np.pi, np.where(turn >= 2 * np.pi, -2 * np.pi, 0.))
+    inside = np.abs(turn - np.pi) <= half[box]
+    return box[inside], bin[inside], np.hypot(rel[..., 0], rel[..., 1]).min(-1)
+
 def directions_covered(
     rel: Float[np.ndarray, "k n 4 2"],  # box corners, ego frame [m]
 ) -> tuple[np.ndarray, np.ndarray]:     # (k, n, bins) True where the box lies in that direction; (k, n) distance of the nearest corner [m]
     "Which of the half-degree directions around the ego each box covers."
-    bearing = np.arctan2(rel[..., 1], rel[..., 0])
-    mid = rel.mean(-2)
-    center = np.arctan2(mid[..., 1], mid[..., 0])
-    half = np.abs(wrap_angle(bearing - center[..., None])).max(-1)
-    bins = (np.arange(N_BINS) + .5) * (2 * np.pi / N_BINS) - np.pi
-    turn = bins - center[..., None] + np.pi                             # `wrap_angle` for less than a turn too much
-    turn += np.where(turn < 0, 2 * np.pi, np.where(turn >= 2 * np.pi, -2 * np.pi, 0.))
-    covered = np.abs(turn - np.pi) <= np.maximum(half, np.pi / N_BINS)[..., None]
-    return covered, np.hypot(rel[..., 0], rel[..., 1]).min(-1)
+    k, n = rel.shape[:2]
+    box, bin, near = _covered(rel.reshape(k * n, 4, 2))
+    out = np.zeros((k * n, N_BINS), bool)
+    out[box, bin] = True
+    return out.reshape(k, n, N_BINS), near.reshape(k, n)
 
 # %% ../../nbs/10_world/60_language.ipynb #c007
 @dataclass(frozen=True)
@@ -72,6 +84,12 @@ def _to_ego(xy, ego):
     c, s = np.cos(ego[:, 2]).reshape(-1, *extra), np.sin(ego[:, 2]).reshape(-1, *extra)
     return np.stack([c * d[..., 0] + s * d[..., 1], -s * d[..., 0] + c * d[..., 1]], -1)
 
+def _corners(pose, size):
+    "`box_corners` of many boxes of their own sizes: x, y, heading (..., n, 3) and length, width first (n, >=2)."
+    l, w = (np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]]) * (size[:, None, :2] / 2)).transpose(2, 0, 1)
+    c, s = np.cos(pose[..., 2:]), np.sin(pose[..., 2:])
+    return pose[..., None, :2] + np.stack([c * l - s * w, s * l + c * w], -1)
+
 def observe(
     scene: Scene,
 ) -> Observed:
@@ -83,19 +101,20 @@ def observe(
         return Observed(step, np.zeros((len(step), 0, 2)), e, e, e.astype(int), e, e.astype(bool))
     track = np.stack([a.track[step] for a in scene.agents], 1)
     valid = np.stack([a.valid[step] for a in scene.agents], 1)
-    corners = np.stack([box_corners(track[:, i, :2], track[:, i, 2], *a.size_lwh[:2]) for i, a in enumerate(scene.agents)], 1)
-    covered, near = directions_covered(_to_ego(corners, ego))
-    tall = valid & (np.array([a.size_lwh[2] for a in scene.agents]) >= TALL_M)
-    wall = np.where(covered & tall[..., None], near[..., None], np.inf).min(1)
-    houses = [p for p in scene.road.props if p.kind == 'building']
-    if houses:
-        solid = np.stack([box_corners(p.xyz[:2], np.array(p.yaw_rad), *p.size_lwh[:2]) for p in houses])[None]
-        c, d = directions_covered(_to_ego(solid, ego))
-        wall = np.minimum(wall, np.where(c & (d > 1.)[..., None], d[..., None], np.inf).min(1))
-    own = covered & (near[..., None] <= wall[:, None] + 1e-6)
+    size, (frame, who) = np.array([a.size_lwh for a in scene.agents]), np.nonzero(valid)
+    box, bin, near = _covered(_to_ego(_corners(track[..., :3], size), ego)[frame, who])
+    at, high = frame[box] * N_BINS + bin, (size[who, 2] >= TALL_M)[box]
+    wall = np.full(len(step) * N_BINS, np.inf)
+    np.minimum.at(wall, at[high], near[box[high]])
+    if houses := [p for p in scene.road.props if p.kind == 'building']:
+        solid = _corners(np.array([[*p.xyz[:2], p.yaw_rad] for p in houses]), np.array([p.size_lwh for p in houses]))
+        house, bins, far = _covered(_to_ego(solid[None], ego).reshape(-1, 4, 2))
+        out = far[house] > 1.
+        np.minimum.at(wall, (house // len(houses) * N_BINS + bins)[out], far[house[out]])
+    own, visible = near[box] <= wall[at] + 1e-6, np.zeros(valid.shape)
+    visible[frame, who] = np.bincount(box[own], minlength=len(frame)) / np.bincount(box, minlength=len(frame))
     xy = _to_ego(track[..., :2], ego)
-    return Observed(step, xy, np.hypot(xy[..., 0], xy[..., 1]), np.arctan2(xy[..., 1], xy[..., 0]),
-                    np.stack([agent_status(a, step) for a in scene.agents], 1), own.sum(-1) / covered.sum(-1) * valid, valid)
+    return Observed(step, xy, np.hypot(xy[..., 0], xy[..., 1]), np.arctan2(xy[..., 1], xy[..., 0]), np.stack([agent_status(a, step) for a in scene.agents], 1), visible, valid)
 
 # %% ../../nbs/10_world/60_language.ipynb #c014
 SECTORS = ('front', 'front left', 'back left', 'back', 'back right', 'front right')
@@ -105,7 +124,7 @@ def sector(
     dy: float,  # leftward offset [m]
 ) -> int:       # index into SECTORS
     "One of six 60° sectors, the first centred on straight ahead."
-    return int(((np.degrees(np.arctan2(dy, dx)) + 30) % 360) // 60)
+    return int(((degrees(atan2(dy, dx)) + 30) % 360) // 60)
 
 # %% ../../nbs/10_world/60_language.ipynb #c017
 ASK_M, ASK_RAD, ASK_VISIBLE = 45.0, np.radians(75), .4
@@ -125,8 +144,9 @@ def things(
 ) -> list[Thing]:      # nearest first
     "The objects a question at keyframe k may name."
     ok = seen.valid[k] & (seen.distance_m[k] < ASK_M) & (np.abs(seen.bearing_rad[k]) < ASK_RAD) & (seen.visible[k] >= ASK_VISIBLE)
-    order = sorted(np.flatnonzero(ok), key=lambda i: seen.distance_m[k, i])
-    return [Thing(NAMES[scene.agents[i].category], STATUSES[seen.status[k, i]], *map(float, seen.xy[k, i])) for i in order]
+    order = np.flatnonzero(ok)
+    order = order[seen.distance_m[k, order].argsort(kind='stable')]
+    return [Thing(NAMES[scene.agents[i].category], STATUSES[s], x, y) for i, s, (x, y) in zip(order, seen.status[k, order], seen.xy[k, order].tolist())]
 
 def noun(name: str, status: str = '', plural: bool = False) -> str:
     "A noun phrase: 'parked cars', 'bicycle with rider'."
@@ -156,10 +176,10 @@ class Group:
 
 def _unique(objects: list[Thing]) -> list[tuple[Thing, str]]:
     "Objects that a phrase without relation singles out."
-    out = []
+    out, names, both = [], [o.name for o in objects], [(o.name, o.status) for o in objects]
     for o in objects:
-        if sum(p.name == o.name for p in objects) == 1: out.append((o, noun(o.name)))
-        elif o.status and sum((p.name, p.status) == (o.name, o.status) for p in objects) == 1: out.append((o, noun(o.name, o.status)))
+        if names.count(o.name) == 1: out.append((o, noun(o.name)))
+        elif o.status and both.count((o.name, o.status)) == 1: out.append((o, noun(o.name, o.status)))
     return out
 
 def group(
@@ -173,8 +193,8 @@ def group(
     "All objects that match a name, a status and (one hop) a direction."
     match = [o for o in objects if name in ('', o.name) and status in ('', o.status)]
     if hop == 0: return Group(name, status, '', tuple(match))
-    refs = [(None, 'me')] + [(r, f'the {words}') for r, words in _unique(objects) if r is not near]
-    ref, words = refs[0] if dice.coin(.6) else dice.pick(refs)
+    me = None, 'me'
+    ref, words = me if dice.coin(.6) else dice.pick([me] + [(r, f'the {words}') for r, words in _unique(objects) if r is not near])
     x0, y0 = (ref.x, ref.y) if ref else (0., 0.)
     s = sector(near.x - x0, near.y - y0) if near else dice.pick((0, 0, 1, 5) if ref is None else range(6))
     inside = [o for o in match if o is not ref and sector(o.x - x0, o.y - y0) == s]

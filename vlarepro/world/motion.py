@@ -21,7 +21,8 @@ NEAR_M, NEAR_RAD = 1., np.radians(3)
 def _relative(scene: Scene, n: int, step: int, seen_from: int) -> np.ndarray:
     "Position of an agent at one step in the ego frame of another [m]."
     e, d = scene.ego[seen_from], scene.agents[n].track[step, :2] - scene.ego[seen_from, :2]
-    return np.array([np.cos(e[2]) * d[0] + np.sin(e[2]) * d[1], np.cos(e[2]) * d[1] - np.sin(e[2]) * d[0]])
+    c, s = np.cos(e[2]), np.sin(e[2])
+    return np.array([c * d[0] + s * d[1], c * d[1] - s * d[0]])
 
 def future_answers(
     scene: Scene,

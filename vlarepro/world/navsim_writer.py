@@ -17,7 +17,7 @@ from ..core.notation import wrap_angle
 from .blocks import connector_states, lane_name, route_blocks
 from .cameras import Camera, pixel_rays
 from .language import Observed
-from .nuscenes_writer import GRID, GRAVITY, Tokens, annotated, filename, start_us
+from .nuscenes_writer import GRID, GRAVITY, Tokens, filename, sighted, start_us
 from .scene import KEYFRAME_STEP, RED, Scene
 
 # %% ../../nbs/10_world/72_navsim_writer.ipynb #c006
@@ -55,9 +55,9 @@ def driving_command(
     line = centerline[np.append(True, np.hypot(*np.diff(centerline[:, :2], axis=0).T) > 1e-6)]
     s = np.append(0., np.cumsum(np.hypot(*np.diff(line[:, :2], axis=0).T)))
     step, length = np.diff(line[:, :2], axis=0), np.diff(s)
-    u = np.clip(((xy[:, None] - line[:-1, :2]) * step).sum(-1) / length ** 2, 0, 1)
-    away = np.hypot(*np.moveaxis(line[:-1, :2] + u[..., None] * step - xy[:, None], -1, 0))
-    i = away.argmin(1)
+    (x, y), (lx, ly), (dx, dy) = xy.T[..., None], line[:-1, :2].T, step.T
+    u = np.clip(((x - lx) * dx + (y - ly) * dy) / length ** 2, 0, 1)
+    i = np.hypot(lx + u * dx - x, ly + u * dy - y).argmin(1)
     at = s[i] + u[np.arange(len(xy)), i] * length[i]
     ahead, heading = np.minimum(at + COMMAND_AHEAD_M, s[-1]), np.unwrap(line[:, 2])
     look = lambda where: np.stack([np.interp(where, s, c) for c in (line[:, 0], line[:, 1], heading)], -1)
@@ -113,21 +113,22 @@ def unhidden(scene: Scene) -> Observed:
 
 def seen_by_log(scene: Scene, seen: Observed) -> Bool[np.ndarray, "k a"]:
     "Which agents are annotated at each keyframe, the same as in the nuScenes tables."
-    out = np.zeros((len(seen.step), len(scene.agents)), bool)
-    for i in range(len(scene.agents)): out[annotated(seen, i), i] = True
-    return out
+    return sighted(seen.valid, seen.distance_m)
 
 # %% ../../nbs/10_world/72_navsim_writer.ipynb #c019
-def _pose(scene: Scene, step: int, offset: np.ndarray):
-    "can_bus of a step: position, quaternion, acceleration, velocity, angular rate, two zeros; what ego2global is made of."
-    x, y, yaw, v, a, rate, _ = scene.ego[step]
-    half = wrap_angle(yaw) / 2
-    place = np.round([x + offset[0], y + offset[1], 0.], 4)
-    return np.concatenate([place, np.round([np.cos(half), 0., 0., np.sin(half)], 6), np.round([a, v * rate, GRAVITY, v, 0., 0., 0., 0., rate, 0., 0.], 4)]) + 0.
+def _poses(scene: Scene, steps, offset: np.ndarray) -> np.ndarray:  # (k, 18)
+    "can_bus of some steps: position, quaternion, acceleration, velocity, angular rate, two zeros; what ego2global is made of."
+    x, y, yaw, v, a, rate, _ = scene.ego[steps].T
+    half, out = wrap_angle(yaw) / 2, np.zeros((len(steps), 18))
+    out[:, 0], out[:, 1], out[:, 7], out[:, 8], out[:, 9], out[:, 10], out[:, 15] = x + offset[0], y + offset[1], a, v * rate, GRAVITY, v, rate
+    out = np.round(out, 4)
+    out[:, 3], out[:, 6] = np.round(np.cos(half), 6), np.round(np.sin(half), 6)
+    return out + 0.
 
-def _ego_matrix(can: np.ndarray) -> np.ndarray:
-    yaw, out = 2 * np.arctan2(can[6], can[3]), np.eye(4)
-    out[:2, :2], out[:3, 3] = np.round([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]], 6) + 0., can[:3]
+def _ego_matrices(can: np.ndarray) -> np.ndarray:  # (k, 4, 4)
+    yaw, out = 2 * np.arctan2(can[:, 6], can[:, 3]), np.tile(np.eye(4), (len(can), 1, 1))
+    c, s = np.cos(yaw), np.sin(yaw)
+    out[:, :2, :2], out[:, :3, 3] = np.round([[c, -s], [s, c]], 6).transpose(2, 0, 1) + 0., can[:, :3]
     return out
 
 def frame_token(tok: Tokens, scene: Scene, k: int) -> str: return tok('lidar', scene.name, k)[:16]
@@ -136,7 +137,7 @@ def light_states(scene: Scene, steps) -> list[list[tuple[int, bool]]]:
     "(connector, is it red) at some steps; yellow is not red, as in the logs."
     ids, state = connector_states(scene, steps)
     names = [int(lane_name(scene, i)) for i in ids]
-    return [[(n, bool(v == RED)) for n, v in zip(names, row)] for row in state]
+    return [list(zip(names, row)) for row in (state == RED).tolist()]
 
 # %% ../../nbs/10_world/72_navsim_writer.ipynb #c020
 def openscene_log(
@@ -148,9 +149,12 @@ def openscene_log(
     keyframes=None,                  # which frames; None: all
 ) -> list[dict]:                     # a frame every 0.5 s
     "A scene as OpenScene logs it."
-    name, log, steps, n = scene.name, log_name(scene), seen.step, len(seen.step)
-    ids, there = [frame_token(tok, scene, k) for k in range(n)], seen_by_log(scene, seen)
+    name, log, n = scene.name, log_name(scene), len(seen.step)
+    frames = list(range(n) if keyframes is None else keyframes)
+    steps, there, ids = seen.step[frames], seen_by_log(scene, seen)[frames], [frame_token(tok, scene, k) for k in range(n)]
     boxes, velocity = boxes_near(scene, steps, there)
+    poses = _poses(scene, steps, offset)
+    matrices = _ego_matrices(poses)
     kinds, tracks = np.array([box_name(a.category) for a in scene.agents], dtype='<U14'), [tok('instance', name, a.id)[:16] for a in scene.agents]
     lanes = [scene.road.lanes[i].centerline for i in scene.route]
     command = driving_command(scene.ego[steps, :2], np.concatenate(lanes) if lanes else np.zeros((0, 3)))
@@ -159,16 +163,14 @@ def openscene_log(
                   map_location=NUPLAN_MAP[scene.map], roadblock_ids=blocks, vehicle_name='minidrive', lidar2ego=eye, lidar2ego_translation=np.zeros(3),
                   lidar2ego_rotation=[1., 0., 0., 0.], occ_gt_final_path=None, flow_gt_final_path=None)
     out = []
-    for k in range(n) if keyframes is None else keyframes:
-        step = steps[k]
-        us, can, i = start_us(scene) + int(round(float(scene.t[step]) * 1e6)), _pose(scene, step, offset), np.flatnonzero(there[k])
-        to_world = _ego_matrix(can)
+    for j, (k, step, can, to_world) in enumerate(zip(frames, steps, poses, matrices)):
+        us, i = start_us(scene) + int(round(float(scene.t[step]) * 1e6)), np.flatnonzero(there[j])
         cams = {c: (dict(v, data_path=f'{UP}/{filename(scene, CAMERA_OF[c], us)}') if c in CAMERA_OF else v) for c, v in same.items()}
-        anns = dict(gt_boxes=boxes[k, i], gt_names=kinds[i], gt_velocity_3d=velocity[k, i], instance_tokens=[tok('sample_annotation', name, scene.agents[j].id, k)[:16] for j in i],
-                    track_tokens=[tracks[j] for j in i])
+        anns = dict(gt_boxes=boxes[j, i], gt_names=kinds[i], gt_velocity_3d=velocity[j, i], instance_tokens=[tok('sample_annotation', name, scene.agents[a].id, k)[:16] for a in i],
+                    track_tokens=[tracks[a] for a in i])
         out.append(dict(token=ids[k], frame_idx=k, timestamp=us, **common, can_bus=can, lidar_path=f'{log}/MergedPointCloud/{ids[k]}.pcd', ego2global_translation=can[:3].copy(),
-                        ego2global_rotation=can[3:7].copy(), ego_dynamic_state=[float(can[10]), float(can[11]), float(can[7]), float(can[8])], traffic_lights=lights[k],
-                        driving_command=command[k], cams=cams, sample_prev=ids[k - 1] if k else None, sample_next=ids[k + 1] if k + 1 < n else None, ego2global=to_world,
+                        ego2global_rotation=can[3:7].copy(), ego_dynamic_state=[float(can[10]), float(can[11]), float(can[7]), float(can[8])], traffic_lights=lights[j],
+                        driving_command=command[j], cams=cams, sample_prev=ids[k - 1] if k else None, sample_next=ids[k + 1] if k + 1 < n else None, ego2global=to_world,
                         lidar2global=to_world, anns=anns))
     return out
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VERSION', 'EPOCH_US', 'CATEGORIES', 'ATTRIBUTES', 'VISIBILITY', 'CHANNELS', 'LIDAR_X', 'LIDAR_Z', 'MARGIN_M',
            'BEAM_RAD', 'ATTRIBUTE_OF', 'HAPPENS', 'STEERING_RATIO', 'WHEEL_RADIUS_M', 'GRAVITY', 'GRID', 'CELL_M',
-           'BAND_M', 'LIST_LAYERS', 'DICT_LAYERS', 'ARC_M', 'STOP_LINE_TYPES', 'Tokens', 'start_us', 'static_tables',
-           'calibrated_sensors', 'scene_extent', 'shelf_pack', 'filename', 'frame_tables', 'annotated', 'lidar_returns',
-           'annotation_tables', 'describe', 'scene_tables', 'can_columns', 'can_bus', 'lidar_clouds', 'mask_png',
-           'Layers', 'arcs', 'bend_nodes', 'map_layers', 'fragment']
+           'BAND_M', 'LIST_LAYERS', 'DICT_LAYERS', 'ARC_M', 'STOP_LINE_TYPES', 'compact', 'Tokens', 'start_us',
+           'static_tables', 'calibrated_sensors', 'scene_extent', 'shelf_pack', 'filename', 'frame_tables', 'sighted',
+           'annotated', 'lidar_returns', 'annotation_tables', 'describe', 'scene_tables', 'can_columns', 'can_bus',
+           'lidar_clouds', 'mask_png', 'Layers', 'arcs', 'bend_nodes', 'map_layers', 'fragment']
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c003
 import hashlib
@@ -131,15 +131,17 @@ BEAM_RAD = (np.radians(.33), np.radians(1.33))  # azimuth and elevation step of 
 ATTRIBUTE_OF = {('vehicle', 'moving'): 'vehicle.moving', ('vehicle', 'stopped'): 'vehicle.stopped', ('vehicle', 'parked'): 'vehicle.parked',
                 ('human', 'moving'): 'pedestrian.moving', ('human', 'standing'): 'pedestrian.standing', ('vehicle', 'with rider'): 'cycle.with_rider'}
 
+def sighted(valid: np.ndarray, distance_m: np.ndarray) -> np.ndarray:  # (k, *agents)
+    "From the first to the last keyframe within sight range, where the agent exists."
+    near = valid & (distance_m <= SIGHT_M)
+    return np.logical_or.accumulate(near) & np.logical_or.accumulate(near[::-1])[::-1] & valid
+
 def annotated(
     seen: Observed,
     agent: int,      # column
 ) -> np.ndarray:     # keyframes at which the agent is annotated
     "Keyframes from the first to the last at which the agent is within sight range, where it exists."
-    near = np.flatnonzero(seen.valid[:, agent] & (seen.distance_m[:, agent] <= SIGHT_M))
-    if not len(near): return near
-    ks = np.arange(near[0], near[-1] + 1)
-    return ks[seen.valid[ks, agent]]
+    return np.flatnonzero(sighted(seen.valid[:, agent], seen.distance_m[:, agent]))
 
 def lidar_returns(scene: Scene, seen: Observed, i: int) -> np.ndarray:  # (k,) expected number of points
     "Expected returns of a 32-beam lidar from the visible part of a box."
@@ -154,18 +156,19 @@ def annotation_tables(tok: Tokens, scene: Scene, seen: Observed, offset: np.ndar
     "instance and sample_annotation of one scene."
     name, anns, instances = scene.name, [], []
     sample = [tok('sample', name, k) for k in range(len(seen.step))]
-    level = np.searchsorted([.4, .6, .8], seen.visible, side='right') + 1
+    level = (np.searchsorted([.4, .6, .8], seen.visible, side='right') + 1).tolist()
+    attributes = {key: [tok('attribute', a)] for key, a in ATTRIBUTE_OF.items()}
     for i, a in enumerate(scene.agents):
-        ks = annotated(seen, i)
-        if not len(ks): continue
-        track = a.track[seen.step[ks]]
+        at = annotated(seen, i)
+        if not len(at): continue
+        ks, track = at.tolist(), a.track[seen.step[at]]
         xyz = _round(np.concatenate([track[:, :2] + offset, np.full((len(ks), 1), a.size_lwh[2] / 2)], 1))
         ids = [tok('sample_annotation', name, a.id, k) for k in ks] + ['']
         instance, size, root = tok('instance', name, a.id), _round(a.size_lwh[[1, 0, 2]]), a.category.split('.')[0]
-        attribute = [ATTRIBUTE_OF.get((root, STATUSES[s])) for s in seen.status[ks, i]]
-        for j, (k, p, q, points) in enumerate(zip(ks, xyz, _quaternion(track[:, 2]), lidar_returns(scene, seen, i)[ks].tolist())):
-            anns.append(dict(token=ids[j], sample_token=sample[k], instance_token=instance, visibility_token=str(level[k, i]),
-                             attribute_tokens=[tok('attribute', attribute[j])] if attribute[j] else [], translation=p, size=size, rotation=q,
+        attribute = [attributes.get((root, STATUSES[s]), []) for s in seen.status[at, i]]
+        for j, (k, p, q, points) in enumerate(zip(ks, xyz, _quaternion(track[:, 2]), lidar_returns(scene, seen, i)[at].tolist())):
+            anns.append(dict(token=ids[j], sample_token=sample[k], instance_token=instance, visibility_token=str(level[k][i]),
+                             attribute_tokens=attribute[j], translation=p, size=size, rotation=q,
                              prev=ids[j - 1], next=ids[j + 1], num_lidar_pts=points, num_radar_pts=0))
         instances.append(dict(token=instance, category_token=tok('category', a.category), nbr_annotations=len(ks),
                               first_annotation_token=ids[0], last_annotation_token=ids[-2]))
@@ -197,7 +200,7 @@ GRAVITY = 9.81          # [m/s^2]
 def can_columns(scene: Scene, offset: np.ndarray) -> dict[str, dict]:
     "Columns of every message type; all have `utime`."
     t, (x, y, yaw, v, a, r, steer) = np.rint(scene.t * 1e6).astype(np.int64) + start_us(scene), scene.ego.T
-    zero, k = np.zeros_like(v), slice(None, None, KEYFRAME_STEP)
+    zero, k, turn = np.zeros_like(v), slice(None, None, KEYFRAME_STEP), _quaternion(yaw)
     accel, rate = np.stack([a, v * r, zero + GRAVITY], -1), np.stack([zero, zero, r], -1)
     wheel = -steer * STEERING_RATIO
     rpm = v / (2 * np.pi * WHEEL_RADIUS_M) * 60
@@ -206,8 +209,8 @@ def can_columns(scene: Scene, offset: np.ndarray) -> dict[str, dict]:
                    gear_position=np.full(len(v), 7), left_signal=(scene.command == LEFT).astype(int), rear_left_rpm=rpm, rear_right_rpm=rpm,
                    right_signal=(scene.command == RIGHT).astype(int), steering=np.degrees(wheel), steering_speed=np.degrees(turning),
                    throttle=np.rint(np.clip(a * 300, 0, 1000)).astype(int), utime=t, vehicle_speed=v * 3.6, yaw_rate=np.degrees(r))
-    return dict(pose=dict(accel=accel, orientation=_quaternion(yaw), pos=np.stack([x + offset[0], y + offset[1], zero], -1), rotation_rate=rate, utime=t, vel=np.stack([v, zero, zero], -1)),
-                ms_imu=dict(linear_accel=accel, q=_quaternion(yaw), rotation_rate=rate, utime=t),
+    return dict(pose=dict(accel=accel, orientation=turn, pos=np.stack([x + offset[0], y + offset[1], zero], -1), rotation_rate=rate, utime=t, vel=np.stack([v, zero, zero], -1)),
+                ms_imu=dict(linear_accel=accel, q=turn, rotation_rate=rate, utime=t),
                 steeranglefeedback=dict(utime=t, value=wheel), vehicle_monitor={key: c[k] for key, c in monitor.items()},
                 command=dict(utime=t[k], command=scene.command[k].astype(int)))
 
@@ -215,11 +218,15 @@ def can_columns(scene: Scene, offset: np.ndarray) -> dict[str, dict]:
 def _message_stats(columns: dict) -> dict:
     "The `meta` entry of one message type."
     us = columns['utime']
-    span, stats = float(us[-1] - us[0]) / 1e6, {}
-    for key, c in columns.items():
-        if key == 'utime': continue
-        c, d = np.asarray(c, float), np.diff(np.asarray(c, float), axis=0)
-        stats[key] = {**{f: _round(getattr(np, f)(c, 0)) for f in ('max', 'mean', 'min', 'std')}, **{f'diff_{f}': _round(getattr(np, f)(d, 0)) for f in ('max', 'mean', 'min', 'std')}}
+    span, values = float(us[-1] - us[0]) / 1e6, {key: np.asarray(c, float) for key, c in columns.items() if key != 'utime'}
+    flat = next(iter(values.values())).ndim == 1                        # all columns of a message are numbers, or all are vectors
+    axis, x = (1, np.stack(list(values.values()))) if flat else (0, np.concatenate(list(values.values()), 1))
+    rows = _round([getattr(np, f)(v, axis) for v in (x, np.diff(x, axis=axis)) for f in ('max', 'mean', 'min', 'std')])
+    names, stats, i = [d + f for d in ('', 'diff_') for f in ('max', 'mean', 'min', 'std')], {}, 0
+    for key, c in values.items():
+        n = 1 if flat else c.shape[1]
+        stats[key] = {name: row[i] if flat else row[i:i + n] for name, row in zip(names, rows)}
+        i += n
     return dict(message_count=len(us), message_freq=round(len(us) / span, 4), timespan=round(span, 4), var_stats=stats)
 
 def can_bus(
@@ -298,22 +305,21 @@ class Layers:
 
     def node(self, xy) -> list[str]:
         "Tokens of points (n, 2) in the world frame."
-        tokens = []
-        for x, y in _round(np.asarray(xy)[:, :2] + self.offset, 2):
+        points = list(map(tuple, _round(np.asarray(xy)[:, :2] + self.offset, 2)))
+        for x, y in points:
             if (x, y) not in self.nodes:
-                self.nodes[x, y] = self.tok('node', self.name, x, y)
-                self.out['node'].append(dict(token=self.nodes[x, y], x=x, y=y))
-            tokens.append(self.nodes[x, y])
-        return tokens
+                self.nodes[x, y] = token = self.tok('node', self.name, x, y)
+                self.out['node'].append(dict(token=token, x=x, y=y))
+        return [self.nodes[p] for p in points]
 
-    def polygon(self, *key, xy) -> str:
+    def polygon(self, *key, nodes) -> str:
         token = self.tok('polygon', self.name, *key)
-        self.out['polygon'].append(dict(token=token, exterior_node_tokens=self.node(xy), holes=[]))
+        self.out['polygon'].append(dict(token=token, exterior_node_tokens=nodes, holes=[]))
         return token
 
-    def line(self, *key, xy) -> str:
+    def line(self, *key, nodes) -> str:
         token = self.tok('line', self.name, *key)
-        self.out['line'].append(dict(token=token, node_tokens=self.node(xy)))
+        self.out['line'].append(dict(token=token, node_tokens=nodes))
         return token
 
     def add(self, layer: str, *key, **fields) -> str:
@@ -327,20 +333,21 @@ def arcs(
 ) -> list[dict]:                     # records of arcline_path_3
     "A centre line as a chain of circular arcs, each starting exactly on the line."
     bend = np.diff(line[:, 2]) / np.maximum(np.hypot(*np.diff(line[:, :2], axis=0).T), .05)
-    fits = [(m, np.ptp(np.lib.stride_tricks.sliding_window_view(np.pad(bend, (0, m - 1), 'edge'), m), axis=1) * m * m < .6) for m in (ARC_M, ARC_M // 2)]
-    cut, i, out = [0], 0, []
+    ahead = bend[np.minimum(np.arange(len(bend))[:, None] + np.arange(ARC_M), len(bend) - 1)]
+    fits = [np.ptp(ahead[:, :m], axis=1) * m * m < .6 for m in (ARC_M, ARC_M // 2)]
+    steps, cut, i, out = np.select(fits, (ARC_M, ARC_M // 2), ARC_M // 4).tolist(), [0], 0, []
     while i < len(bend):  # shorter arcs where the curvature changes
-        n = next((m for m, ok in fits if ok[i]), ARC_M // 4)
-        i = len(bend) if len(bend) - i - n < 2 else i + n
+        i = len(bend) if len(bend) - i - steps[i] < 2 else i + steps[i]
         cut.append(i)
-    cut.pop()
-    for i, j in zip(cut, [*cut[1:], len(line) - 1]):
-        chord, turn = float(np.hypot(*(line[j, :2] - line[i, :2]))), float(wrap_angle(line[j, 2] - line[i, 2]))
-        length = chord if abs(turn) < 1e-4 else chord * (turn / 2) / np.sin(turn / 2)
-        straight = abs(turn) < 1e-3
-        start, end = _round(line[[i, j]])
-        out.append(dict(start_pose=start, end_pose=end, shape='LSR' if straight else 'LSL' if turn > 0 else 'RSR', radius=999.999 if straight else round(length / abs(turn), 4),
-                        segment_length=[0., round(length, 4), 0.] if straight else [round(length, 4), 0., 0.]))
+    ends, poses = line[cut], _round(line[cut])
+    chords, turns = np.hypot(*np.diff(ends[:, :2], axis=0).T), wrap_angle(np.diff(ends[:, 2]))
+    bent = np.where(np.abs(turns) < 1e-4, 1., turns)
+    lengths = chords * (bent / 2) / np.sin(bent / 2)
+    radii = _round(lengths / np.abs(bent))
+    for start, end, chord, turn, length, radius in zip(poses, poses[1:], chords.tolist(), turns.tolist(), _round(lengths), radii):
+        straight, length = abs(turn) < 1e-3, round(chord, 4) if abs(turn) < 1e-4 else length
+        out.append(dict(start_pose=start, end_pose=end, shape='LSR' if straight else 'LSL' if turn > 0 else 'RSR', radius=999.999 if straight else radius,
+                        segment_length=[0., length, 0.] if straight else [length, 0., 0.]))
     return out
 
 def bend_nodes(
@@ -349,8 +356,8 @@ def bend_nodes(
 ) -> np.ndarray:                     # indices worth keeping
     "Both ends, and as many points between as the sharpest bend needs."
     n, kappa = len(line), np.abs(np.diff(line[:, 2])).max()
-    step = int(np.clip(np.sqrt(8 * off_m / max(kappa, 1e-9)), 1, n))
-    return np.unique(np.append(np.arange(0, n, step), n - 1))
+    step = int(min(max(np.sqrt(8 * off_m / max(kappa, 1e-9)), 1), n))
+    return np.append(np.arange(0, n - 1, step), n - 1)
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c042
 def _add_lanes(m: Layers, scene: Scene) -> dict[int, str]:
@@ -360,17 +367,17 @@ def _add_lanes(m: Layers, scene: Scene) -> dict[int, str]:
     token = {i: m.tok(layer[i], m.name, i) for i in lanes}
     for i, l in lanes.items():
         keep, n = bend_nodes(l.centerline), len(l.centerline)
-        left, right = l.polygon[:n][keep], l.polygon[n:][::-1][keep]
-        polygon = m.polygon('lane', i, xy=np.concatenate([left, right[::-1]]))
+        nodes = m.node(np.concatenate([l.polygon[:n][keep], l.polygon[n:][::-1][keep][::-1]]))
+        left, right, polygon = nodes[:len(keep)], nodes[:len(keep) - 1:-1], m.polygon('lane', i, nodes=nodes)
         m.out['arcline_path_3'][token[i]] = arcs(l.centerline + [*m.offset, 0.])
         m.out['connectivity'][token[i]] = dict(incoming=[token[j] for j in l.predecessors], outgoing=[token[j] for j in l.successors])
         if l.in_intersection: m.add('lane_connector', i, polygon_token=polygon); continue
-        start, end = m.line('lane_from', i, xy=[left[0], right[0]]), m.line('lane_to', i, xy=[left[-1], right[-1]])
+        start, end = m.line('lane_from', i, nodes=[left[0], right[0]]), m.line('lane_to', i, nodes=[left[-1], right[-1]])
         blocks[i] = m.add('road_block', i, polygon_token=polygon, from_edge_line_token=start, to_edge_line_token=end, road_segment_token=m.tok('road_segment', m.name, 0))
         kind = lambda other: 'DASHED_WHITE' if other is not None else 'SOLID_WHITE'
         m.add('lane', i, polygon_token=polygon, lane_type='CAR', from_edge_line_token=start, to_edge_line_token=end,
-              left_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.left)) for t in m.node(left)],
-              right_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.right)) for t in m.node(right)])
+              left_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.left)) for t in left],
+              right_lane_divider_segments=[dict(node_token=t, segment_type=kind(l.right)) for t in right])
     return blocks
 
 _SEGMENTS = dict(dashed='DASHED_WHITE', solid='SOLID_WHITE', temporary='SOLID_YELLOW')
@@ -380,19 +387,19 @@ def _add_areas(m: Layers, scene: Scene) -> None:
     "drivable_area, road_segment, ped_crossing, dividers."
     road = scene.road
     tidy = lambda p: shapely.get_coordinates(shapely.simplify(shapely.Polygon(p), .05))[:-1]
-    polygons = [m.polygon('drivable', i, xy=tidy(p)) for i, p in enumerate(road.drivable)]
+    polygons = [m.polygon('drivable', i, nodes=m.node(tidy(p))) for i, p in enumerate(road.drivable)]
     area = m.add('drivable_area', 0, polygon_tokens=polygons)
     for i, p in enumerate(polygons): m.add('road_segment', i, polygon_token=p, is_intersection=False, drivable_area_token=area)
     for i, p in enumerate(road.intersections):
-        m.add('road_segment', 'x', i, polygon_token=m.polygon('intersection', i, xy=tidy(p)), is_intersection=True, drivable_area_token=area)
+        m.add('road_segment', 'x', i, polygon_token=m.polygon('intersection', i, nodes=m.node(tidy(p))), is_intersection=True, drivable_area_token=area)
     for i, (xy, kind) in enumerate(road.marks):
         if kind in ('edge', 'hatch', 'arrow') or len(xy) < 2: continue
-        line = shapely.get_coordinates(shapely.simplify(shapely.LineString(xy), .05))
-        token = m.line('mark', i, xy=line)
+        nodes = m.node(shapely.get_coordinates(shapely.simplify(shapely.LineString(xy), .05)))
+        token = m.line('mark', i, nodes=nodes)
         if kind in ('double', 'center'): m.add('road_divider', i, line_token=token, road_segment_token=m.tok('road_segment', m.name, 0))
-        else: m.add('lane_divider', i, line_token=token, lane_divider_segments=[dict(node_token=t, segment_type=_SEGMENTS[kind]) for t in m.node(line)])
+        else: m.add('lane_divider', i, line_token=token, lane_divider_segments=[dict(node_token=t, segment_type=_SEGMENTS[kind]) for t in nodes])
     for i, p in enumerate(road.crosswalks):
-        m.add('ped_crossing', i, polygon_token=m.polygon('crossing', i, xy=p), road_segment_token=m.tok('road_segment', m.name, 0))
+        m.add('ped_crossing', i, polygon_token=m.polygon('crossing', i, nodes=m.node(p)), road_segment_token=m.tok('road_segment', m.name, 0))
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c043
 def _add_signals(m: Layers, scene: Scene, blocks: dict[int, str]) -> None:
@@ -403,14 +410,14 @@ def _add_signals(m: Layers, scene: Scene, blocks: dict[int, str]) -> None:
         tip = np.asarray(s.xyz)[:2] + 2 * np.array([np.cos(s.heading_rad), np.sin(s.heading_rad)])
         pose = dict(tx=x, ty=y, tz=z, rx=0., ry=0., rz=round(float(s.heading_rad), 4))
         items = [dict(color=c, shape='CIRCLE', rel_pos=dict(tx=0., ty=0., tz=dz, rx=0., ry=0., rz=0.), to_road_block_tokens=[]) for c, dz in (('RED', .4), ('YELLOW', 0.), ('GREEN', -.4))]
-        lamps[s.id] = m.add('traffic_light', s.id, line_token=m.line('lamp', s.id, xy=[s.xyz[:2], tip]), traffic_light_type='VERTICAL',
+        lamps[s.id] = m.add('traffic_light', s.id, line_token=m.line('lamp', s.id, nodes=m.node([s.xyz[:2], tip])), traffic_light_type='VERTICAL',
                             from_road_block_token=next((blocks[i] for i in s.lanes if i in blocks), ''), items=items, pose=pose)
     for i, l in enumerate(scene.road.stop_lines):
         along = l.line[1] - l.line[0]
         across = np.array([-along[1], along[0]]) / max(np.hypot(*along), 1e-6) * .4
         quad = np.stack([l.line[0] + across, l.line[1] + across, l.line[1] - across, l.line[0] - across])
         held = [s.id for s in scene.road.signals if set(s.lanes) & set(l.lanes)]
-        m.add('stop_line', i, polygon_token=m.polygon('stop_line', i, xy=quad), stop_line_type=STOP_LINE_TYPES[l.kind],
+        m.add('stop_line', i, polygon_token=m.polygon('stop_line', i, nodes=m.node(quad)), stop_line_type=STOP_LINE_TYPES[l.kind],
               ped_crossing_tokens=[], traffic_light_tokens=[lamps[j] for j in held], road_block_token=next((blocks[j] for j in l.lanes if j in blocks), ''))
 
 def map_layers(
@@ -425,10 +432,10 @@ def map_layers(
     return m.out
 
 # %% ../../nbs/10_world/70_nuscenes_writer.ipynb #c046
-_encode = json.JSONEncoder(separators=(',', ':'), ensure_ascii=False, allow_nan=False).encode
+compact = json.JSONEncoder(separators=(',', ':'), ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 def fragment(
     records,    # a list of records, or a dict of them
 ) -> bytes:     # JSON without the outer brackets, a record a line
     "The inside of a JSON list or object."
-    return _encode(records)[1:-1].replace('},{', '},\n{').encode()
+    return compact(records)[1:-1].replace('},{', '},\n{').encode()

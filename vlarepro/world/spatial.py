@@ -47,8 +47,9 @@ def _box3d(scene: Scene, n: int, step: int) -> Float[np.ndarray, "9 3"]:
     c, s = np.cos(e[2]), np.sin(e[2])
     xy = np.vstack([box_corners(np.array([x, y]), np.array(yaw), *a.size_lwh[:2]), [[x, y]]]) - e[:2]
     xy = np.stack([c * xy[:, 0] + s * xy[:, 1], -s * xy[:, 0] + c * xy[:, 1]], 1)
-    h = float(a.size_lwh[2])
-    return np.concatenate([np.column_stack([xy[:4], np.zeros(4)]), np.column_stack([xy[:4], np.full(4, h)]), [[*xy[4], h / 2]]])
+    out, h = np.zeros((9, 3)), a.size_lwh[2]
+    out[:, :2], out[4:8, 2], out[8, 2] = xy[[0, 1, 2, 3, 0, 1, 2, 3, 4]], h, h / 2
+    return out
 
 def shown(
     scene: Scene,

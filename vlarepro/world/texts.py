@@ -27,10 +27,11 @@ def scene_language(
     "Every text about every keyframe of a scene."
     dice = {kind: Dice(keyed_rng('language', kind, scene.seed)) for kind in KINDS}
     known, out = views(scene, seen), []
-    told = traces(scene, seen, known)
+    decisions = list(map(decide, known))
+    told = traces(scene, seen, known, decisions)
     for k, view in enumerate(known):
         objects = things(scene, seen, k)
-        out.append(dict(caption=caption(scene, view, objects, int(seen.step[k]), dice['caption']), explanation=explanation(view, decide(view), dice['explanation']), coc=told[k],
+        out.append(dict(caption=caption(scene, view, objects, int(seen.step[k]), dice['caption']), explanation=explanation(view, decisions[k], dice['explanation']), coc=told[k],
                         qa=questions(objects, dice['qa']), spatial=spatial.spatial_questions(scene, seen, k, rig, dice['spatial']) if k % spatial.EVERY == 0 else [],
                         motion=motion.motion_questions(scene, seen, k, dice['motion']) if k % motion.EVERY == 0 else []))
     return out

@@ -197,15 +197,17 @@ def traces(
     scene: Scene,
     seen: Observed,
     known: list[View] | None = None,  # the `views` of this scene, where they are at hand
+    decisions: list[Decision] | None = None,   # and what they `decide`
 ) -> list[dict]:                      # one a keyframe, see `write_trace`
     "Chains of causation of every keyframe."
     habits = Dice(keyed_rng('writer', scene.seed))
     writer = tuple(int(habits.next() * 3) for _ in range(3))
     draw, out = keyed_rng('trace', scene.seed).random((len(seen.step), 8)), []
-    for k, view in enumerate(views(scene, seen) if known is None else known):
+    known = views(scene, seen) if known is None else known
+    for u, view, d in zip(draw.tolist(), known, decisions or map(decide, known)):
         dice = Dice(None)
-        dice.u = draw[k].tolist()
-        out.append(write_trace(view, decide(view), writer, dice))
+        dice.u = u
+        out.append(write_trace(view, d, writer, dice))
     return out
 
 def think(

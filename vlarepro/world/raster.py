@@ -9,6 +9,7 @@ __all__ = ['SUPERSAMPLE', 'NEAR_M', 'HAZE_M', 'View', 'camera_view', 'sky_panora
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c002
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise, repeat
 
 import cv2
 import numpy as np
@@ -34,7 +35,7 @@ class _Band:
     rows: slice             # of the supersampled image
     level: int
     taps: int
-    x: np.ndarray           # (3 · rows · taps, w) ego x of the samples [m]
+    x: np.ndarray           # (rows · taps, 3 · w) ego x of the samples [m]
     y: np.ndarray
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class View:
     label_xy: tuple[np.ndarray, np.ndarray]  # ego x, y of the pixel centres below the horizon (3 · rows, w)
     depth: Float16[np.ndarray, "3 h w"]   # of the bare ground, 0 in the sky [m]
     haze: np.ndarray                      # weight of haze for each supersampled ground row
-    sky_index: np.ndarray                 # (3, horizon, w) index into the doubled panorama at yaw 0
+    sky_index: np.ndarray                 # (horizon, 3 · w) index into the doubled panorama at yaw 0
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c007
 @lru_cache(maxsize=4)
@@ -62,7 +63,7 @@ def camera_view(size: tuple[int, int]) -> View:
         rows = horizon + np.flatnonzero((row_depth >= near) & (row_depth < far))
         if not len(rows): continue
         v = (rows[0] + (np.arange(len(rows) * taps) + .5) / taps) / s
-        xy = np.concatenate([ground_points(c, *np.meshgrid(cols, v))[0] for c in rig]).astype(np.float32)
+        xy = np.concatenate([ground_points(c, *np.meshgrid(cols, v))[0] for c in rig], 1).astype(np.float32)
         bands.append(_Band(slice(rows[0], rows[-1] + 1), level, taps, *(np.ascontiguousarray(xy[..., i]) for i in (0, 1))))
     grids = [ground_grid(c) for c in rig]
     depth = np.stack([np.where(np.isfinite(d), d, 0) for _, d in grids]).astype(np.float16)
@@ -74,7 +75,7 @@ def camera_view(size: tuple[int, int]) -> View:
         azimuth = c.yaw_rad - np.arctan(u)
         row = np.clip(v * np.cos(np.arctan(u)) * s, 0, horizon - 1).astype(np.int64)
         sky.append(row * 2 * _SKY_COLUMNS + np.floor(azimuth / (2 * np.pi) * _SKY_COLUMNS).astype(np.int64) % _SKY_COLUMNS)
-    return View(rig, horizon, tuple(bands), tuple(np.ascontiguousarray(low[..., i]) for i in (0, 1)), depth, 1 - np.exp(-row_depth / HAZE_M), np.stack(sky))
+    return View(rig, horizon, tuple(bands), tuple(np.ascontiguousarray(low[..., i]) for i in (0, 1)), depth, 1 - np.exp(-row_depth / HAZE_M), np.concatenate(sky, 1))
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c011
 def _haze(scene: Scene) -> np.ndarray: return np.clip(np.array([196., 204., 214.]) * scene.light, 0, 255)
@@ -116,27 +117,25 @@ def _plane(x: np.ndarray, y: np.ndarray, a: np.float32, b: np.float32, t: np.flo
     out += a * x
     return out
 
-def _band_haze(view: View, haze: np.ndarray) -> list[tuple[np.ndarray, np.ndarray] | None]:
-    "For each band: what its pixels are multiplied by, and what haze adds, in 1/256 for each row; None where there is hardly any."
-    out, width = [], view.sky_index.shape[-1]
-    for band in view.bands:
-        w = view.haze[band.rows.start - view.horizon:band.rows.stop - view.horizon]
-        if w.max() <= .1: out.append(None); continue
-        w = np.rint(w * 256).astype(np.uint16)[:, None]
-        out.append(tuple(np.ascontiguousarray(np.broadcast_to(a, (len(w), 4 * width))) for a in (256 - w, np.tile(np.append(haze, 0).astype(np.uint16), width) * w)))
-    return out
+def _far_haze(view: View, haze: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "For the ground rows of the bands with more than hardly any haze: what their pixels are multiplied by, and what haze adds, in 1/256."
+    end = max((band.rows.stop - view.horizon for band in view.bands if view.haze[band.rows.start - view.horizon] > .1), default=0)
+    w = np.rint(view.haze[:end] * 256).astype(np.uint16)[:, None]
+    added = np.tile(np.append(haze, 0).astype(np.uint16), view.sky_index.shape[1]) * w
+    return np.broadcast_to(256 - w, added.shape).copy(), added
 
-def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray, hazes: list) -> None:
-    "Sample the raster into the lower rows of the three supersampled images."
-    for band, haze in zip(view.bands, hazes):
+def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray, haze: tuple) -> None:
+    "Sample the raster into the lower rows of the three supersampled images, side by side."
+    for band in view.bands:
         u, v = (_plane(band.x, band.y, *row) for row in _to_raster(maps[band.level], pose))
-        out = cv2.remap(ground.levels[band.level], u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=ground.outside)
-        if band.taps > 1: out = cv2.resize(out, (out.shape[1], out.shape[0] // band.taps), interpolation=cv2.INTER_AREA)
-        if haze is not None:
-            out = out.reshape(len(view.rig), *haze[0].shape) * haze[0]
-            out += haze[1]
-            out >>= 8
-        canvas[:, band.rows] = out.reshape(len(view.rig), -1, *canvas.shape[2:])
+        rows = canvas[band.rows]
+        out = cv2.remap(ground.levels[band.level], u, v, cv2.INTER_LINEAR, rows if band.taps == 1 else None, cv2.BORDER_CONSTANT, ground.outside)
+        if band.taps == 2: cv2.addWeighted(out[::2], .5, out[1::2], .5, 0, rows)
+    far = canvas[view.horizon:view.horizon + len(haze[0])].reshape(haze[0].shape)
+    out = far * haze[0]
+    out += haze[1]
+    out >>= 8
+    far[:] = out
 
 def _ground_labels(view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray) -> np.ndarray:  # (3, rows, w)
     "Classes of the bare ground at the pixel centres."
@@ -268,24 +267,26 @@ def _project(polygons: _Polygons, shapes: Shapes, rig: tuple[Camera, ...]) -> _P
                       {i: cut[j] for i, j in enumerate(left.tolist()) if j in cut} if cut else {})
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c023
+def _outlines(proj: _Projected, pieces: np.ndarray, shift: int = 0) -> list[np.ndarray]:
+    "Vertices of some pieces, moved by `shift`; drawing the last one several times changes nothing."
+    out = list(proj.pixels[pieces] + shift)
+    for k in np.flatnonzero(np.isin(pieces, list(proj.cut))).tolist() if proj.cut else (): out[k] = proj.cut[pieces[k]] + shift
+    return out
+
 def _paint(canvas: np.ndarray, faces: np.ndarray, polygons: _Polygons, shapes: Shapes, proj: _Projected) -> np.ndarray:
     "Draw one keyframe; returns the piece of `proj` behind each face number (1, 2, …)."
-    index, fill, plain = polygons.index[proj.polygon], cv2.fillConvexPoly, cv2.LINE_8
-    key, count, is_face = polygons.distance[proj.polygon] + shapes.bias[index], shapes.count[index], shapes.label[index] >= 0
-    rgb, drawn, number = np.zeros((len(index), 4), int), [], 0
+    index, fill = polygons.index[proj.polygon], cv2.fillConvexPoly
+    key, is_face = polygons.distance[proj.polygon] + shapes.bias[index], shapes.label[index] >= 0
+    rgb, drawn, number = np.zeros((len(index), 4)), [], 1
     rgb[:, :3] = np.rint(polygons.rgb[proj.polygon])
-    for c in range(len(canvas)):
-        first, last = proj.first[c:c + 2]
+    for c, (first, last) in enumerate(pairwise(proj.first.tolist())):
         order = first + np.argsort(-key[first:last], kind='stable')
-        large, image, mask, face = proj.pixels[order], canvas[c], faces[c], is_face[order]
-        small = iter(large[face] - 8)              # the same points on the grid of the final size, 1/32 px: u/2 - 1/4
-        drawn.append(order[face])
-        for i, pts, m, colour, f in zip(order.tolist(), large, count[order].tolist(), rgb[order].tolist(), face.tolist()):
-            clipped = proj.cut.get(i)
-            fill(image, pts[:m] if clipped is None else clipped, colour, plain, 4)
-            if f:
-                number, half = number + 1, next(small)
-                fill(mask, half[:m] if clipped is None else clipped - 8, number, plain, 5)
+        visible = order[is_face[order]]
+        large, small = _outlines(proj, order), _outlines(proj, visible, -8)   # small: the same points on the grid of the final size, 1/32 px: u/2 - 1/4
+        for _ in map(fill, repeat(canvas[:, c]), large, rgb[order].tolist(), repeat(cv2.LINE_8), repeat(4)): pass
+        for _ in map(fill, repeat(faces[c]), small, range(number, number + len(visible)), repeat(cv2.LINE_8), repeat(5)): pass
+        drawn.append(visible)
+        number += len(visible)
     return np.concatenate(drawn)
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c024
@@ -320,9 +321,10 @@ class Rendered:
     keyframes: Int[np.ndarray, " k"]           # which of the scene's keyframes
 
 @lru_cache(maxsize=4)
-def _noise(h: int, w: int) -> np.ndarray:
-    "Sensor noise of 2 grey levels, larger than an image so that each keyframe takes another part."
-    return np.rint(rng('sensor noise').normal(0, 2., (3 * h + 128, w + 64, 3))).astype(np.int8)
+def _noise(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+    "Sensor noise of 2 grey levels, larger than an image so that each keyframe takes another part: what to add and what to subtract."
+    noise = np.rint(rng('sensor noise').normal(0, 2., (3 * h + 128, w + 64, 3)))
+    return np.maximum(noise, 0).astype(np.uint8), np.maximum(-noise, 0).astype(np.uint8)
 
 def _sun(scene: Scene) -> np.ndarray:
     angle = rng('ground', scene.texture_seed).uniform(0, 2 * np.pi)
@@ -343,24 +345,26 @@ def render_scene(
     maps = [ground.affine(level) for level in range(len(ground.levels))]
     on_road = lambda p: ground.labels[tuple(np.clip(np.rint(maps[0] @ [*p, 1.])[::-1].astype(int), 0, np.array(ground.labels.shape) - 1))] != CLASS_ID['offroad']
     shapes, panorama, haze, sun = scene_shapes(scene, on_road), sky_panorama(scene, view.horizon), _haze(scene), _sun(scene)
-    noise, shift = _noise(h, w), rng('noise', scene.texture_seed).integers([128, 64], size=(len(steps), 2))
+    (brighter, darker), shift = _noise(h, w), rng('noise', scene.texture_seed).integers([128, 64], size=(len(steps), 2))
     k = len(chosen)
     out = Rendered(np.empty((k, 3, h, w, 3), np.uint8), np.broadcast_to(view.depth, (k, 3, h, w)).copy(), np.zeros((k, 3, h, w), np.uint8), np.full((k, 3, h, w), -1, np.int16), chosen)
-    canvas = np.zeros((3, h * s, w * s, 4), np.uint8)
-    sky, hazes = canvas.view(np.uint32)[..., 0][:, :view.horizon], _band_haze(view, haze)
+    canvas, small = np.zeros((h * s, 3, w * s, 4), np.uint8), np.empty((3, h, w, 4), np.uint8)
+    wide = canvas.reshape(h * s, -1, 4)
+    sky, far = wide.view(np.uint32)[:view.horizon, :, 0], _far_haze(view, haze)
     for i, (frame, items) in enumerate(zip(chosen, _item_states(scene, shapes, steps[chosen]))):
         pose = scene.ego[steps[frame], :3]
-        sky[:] = panorama[int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS:].take(view.sky_index)
-        _draw_ground(canvas, view, ground, maps, pose, hazes)
+        panorama[int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS:].take(view.sky_index, out=sky, mode='clip')
+        _draw_ground(wide, view, ground, maps, pose, far)
         out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, maps, pose)
         polygons = _polygons(scene, shapes, view.rig, int(steps[frame]), items, sun, haze)
         if len(polygons.index):
             proj, faces = _project(polygons, shapes, view.rig), np.zeros((3, h, w), np.uint16)
             drawn = _paint(canvas, faces, polygons, shapes, proj)
             _annotate(faces, drawn, polygons, shapes, proj, out.depth[i], out.labels[i], out.instances[i])
-        small = cv2.resize(canvas.reshape(3 * h * s, w * s, 4), (w, 3 * h), interpolation=cv2.INTER_AREA)
+        for c in range(3): cv2.resize(canvas[:, c], size, small[c], interpolation=cv2.INTER_AREA)
         y, x = shift[frame]
-        cv2.add(cv2.cvtColor(small, cv2.COLOR_BGRA2BGR), noise[y:y + 3 * h, x:x + w], out.images[i].reshape(3 * h, w, 3), dtype=cv2.CV_8U)
+        image = cv2.add(cv2.cvtColor(small.reshape(3 * h, w, 4), cv2.COLOR_BGRA2BGR), brighter[y:y + 3 * h, x:x + w])
+        cv2.subtract(image, darker[y:y + 3 * h, x:x + w], out.images[i].reshape(3 * h, w, 3))
     return out
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c047
@@ -384,12 +388,12 @@ def stitch_sprite(
     scene = Scene('sprite', 'train', 'boston-seaport', 0, road, np.zeros(1), np.zeros((1, 7)), [agent], np.zeros((1, 0), np.int8), [], (), np.zeros(1, np.int8), light, 0)
     shapes, (h, w), s = scene_shapes(scene), image.shape[:2], SUPERSAMPLE
     polygons = _polygons(scene, shapes, (camera,), 0, next(_item_states(scene, shapes, np.zeros(1, int))), _sun(scene), _haze(scene))
-    canvas = np.zeros((1, h * s, w * s, 4), np.uint8)
-    canvas[0, ..., :3] = image.repeat(s, 0).repeat(s, 1)
+    canvas = np.zeros((h * s, 1, w * s, 4), np.uint8)
+    canvas[:, 0, :, :3] = image.repeat(s, 0).repeat(s, 1)
     faces, d, labels, instances = np.zeros((1, h, w), np.uint16), np.zeros((1, h, w), np.float16), np.zeros((1, h, w), np.uint8), np.full((1, h, w), -1, np.int16)
     proj = _project(polygons, shapes, (camera,))
     _annotate(faces, _paint(canvas, faces, polygons, shapes, proj), polygons, shapes, proj, d, labels, instances)
-    out, body = cv2.resize(canvas[0], (w, h), interpolation=cv2.INTER_AREA)[..., :3].copy(), faces[0] > 0
+    out, body = cv2.resize(canvas[:, 0], (w, h), interpolation=cv2.INTER_AREA)[..., :3].copy(), faces[0] > 0
     if depth is not None:
         hidden = body & (depth > 0) & (depth < d[0] - .3)
         out[hidden], body = image[hidden], body & ~hidden

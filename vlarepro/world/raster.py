@@ -86,20 +86,19 @@ def sky_panorama(
 ) -> np.ndarray: # (rows · 2 · columns,) packed pixels; row 0 is at the horizon, columns repeated twice
     "Sky of a scene over all azimuths."
     gen, n = rng('sky', scene.texture_seed), _SKY_COLUMNS
-    up = (np.arange(rows) / rows)[:, None, None]
-    haze, zenith = _haze(scene), np.array([92., 142., 206.]) * min(scene.light, 1.1)
+    up = (np.arange(rows) / rows)[:, None]
+    haze, zenith, white = (np.reshape(a, (3, 1, 1)) for a in (_haze(scene), np.array([92., 142., 206.]) * min(scene.light, 1.1), np.array([236., 236., 238.]) * min(scene.light, 1.05)))
     sky = haze + (zenith - haze) * up ** .8
     blobs = sum(a * cv2.resize(cv2.copyMakeBorder(gen.standard_normal((k, 2 * k)).astype(np.float32), 0, 0, 0, 1, cv2.BORDER_WRAP), (n, rows), interpolation=cv2.INTER_LINEAR) for k, a in ((4, 1.), (9, .6)))
-    cloud = np.clip(blobs * .5 + gen.uniform(-.3, .4), 0, .8)[..., None] * np.clip(up * 4, 0, 1)
-    sky = sky + cloud * (np.array([236., 236., 238.]) * min(scene.light, 1.05) - sky)
+    cloud = np.clip(blobs * .5 + gen.uniform(-.3, .4), 0, .8) * np.clip(up * 4, 0, 1)
+    sky = sky + cloud * (white - sky)                                        # colour, row, column
     for tone, height, width in ((.80, .17, 14), (.62, .11, 30)):
         blocks = np.repeat(gen.gamma(2., height / 2, n // width + 1), width)[:n] * rows
         shade = np.repeat(gen.uniform(.9, 1.1, n // width + 1), width)[:n]
-        green = np.repeat(gen.random(n // width + 1) < .4, width)[:n, None] * np.array([-14., 2., -22.])
-        inside = np.arange(rows)[:, None] < blocks
-        sky = np.where(inside[..., None], haze * tone * shade[:, None] + green, sky)
+        green = np.repeat(gen.random(n // width + 1) < .4, width)[:n] * np.array([[[-14.]], [[2.]], [[-22.]]])
+        np.copyto(sky, haze * tone * shade + green, where=np.arange(rows)[:, None] < blocks)
     out = np.zeros((rows, n, 4), np.uint8)
-    out[..., :3] = np.clip(sky, 0, 255)
+    out[..., :3] = np.clip(sky, 0, 255, out=sky).transpose(1, 2, 0)
     packed = out.view(np.uint32)[..., 0]
     return np.concatenate([packed, packed], 1).ravel()
 

@@ -9,7 +9,7 @@ __all__ = ['SUPERSAMPLE', 'NEAR_M', 'HAZE_M', 'View', 'camera_view', 'sky_panora
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c002
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise, repeat
+from itertools import repeat
 
 import cv2
 import numpy as np
@@ -29,6 +29,7 @@ NEAR_M = 0.3                                                      # near plane
 HAZE_M = 160.                                                     # distance at which haze takes 63 % of a colour
 _BANDS = ((0., 12., 0, 1), (12., 26., 1, 2), (26., 60., 2, 2), (60., 1e9, 3, 2))  # depth from, to [m], mip level, samples a row
 _SKY_COLUMNS = 1024                                               # of the panorama
+_AT_ONCE = 8                                                      # keyframes whose polygons are posed and projected together
 
 @dataclass(frozen=True)
 class _Band:
@@ -146,14 +147,15 @@ def _ground_labels(view: View, ground: Ground, maps: list[np.ndarray], pose: np.
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c015
 @dataclass(frozen=True)
 class _Polygons:
-    "Polygons of one keyframe in the ego frame."
+    "Polygons of some keyframes in the ego frame, one keyframe after the other."
+    first: np.ndarray      # (k + 1,) where the polygons of each keyframe begin
     xyz: np.ndarray        # (3, 6, n) coordinate, vertex, polygon [m]
     index: np.ndarray      # (n,) row in Shapes
     distance: np.ndarray   # (n,) of the item [m]
     rgb: np.ndarray        # (n, 3) lit and hazed
 
 def _item_states(scene: Scene, shapes: Shapes, steps: Int[np.ndarray, " k"]):
-    "World x, y, yaw, what to show, which indicator, and whether to show it, for every item at some simulation steps, one after the other."
+    "World x, y, yaw, what to show, which indicator, and whether to show it, for some simulation steps (rows) and every item."
     moving, heads, beacons = (np.flatnonzero(x >= 0) for x in (shapes.agent, shapes.signal, shapes.beacon))
     agents = [scene.agents[i] for i in shapes.agent[moving]]
     column = lambda name, *shape: np.stack([getattr(a, name)[steps] for a in agents], 1) if agents else np.zeros((len(steps), 0, *shape), bool)
@@ -161,44 +163,43 @@ def _item_states(scene: Scene, shapes: Shapes, steps: Int[np.ndarray, " k"]):
     walks = np.array([a.category.startswith('human') for a in agents], bool) & (track[..., 3] > .2)
     shown, there = np.where(walks, (steps // 5 % 2)[:, None], column('braking')), there & np.isfinite(track[..., :2]).all(-1)
     turning = column('turning')
-    for k, step in enumerate(steps):
-        xy, yaw = shapes.xyz[:, :2].copy(), shapes.yaw.copy()
-        (state, corner), valid = np.zeros((2, len(yaw)), int), np.ones(len(yaw), bool)
-        xy[moving], yaw[moving], state[moving], valid[moving] = track[k, :, :2], track[k, :, 2], shown[k], there[k]
-        corner[moving] = np.where(turning[k] == 1, LEFT_ON, np.where(turning[k] == -1, RIGHT_ON, 0))
-        if len(heads): state[heads] = scene.signal_state[step, shapes.signal[heads]]
-        for i in beacons: state[i] = scene.beacons[shapes.beacon[i]].on[step]
-        yield xy, yaw, state, corner, valid
+    x, y, yaw = (np.tile(a, (len(steps), 1)) for a in (*shapes.xyz.T[:2], shapes.yaw))
+    (state, corner), valid = np.zeros((2, *yaw.shape), np.int8), np.ones(yaw.shape, bool)
+    x[:, moving], y[:, moving], yaw[:, moving], state[:, moving], valid[:, moving] = *np.moveaxis(track[..., :3], -1, 0), shown, there
+    corner[:, moving] = np.where(turning == 1, LEFT_ON, np.where(turning == -1, RIGHT_ON, 0))
+    if len(heads): state[:, heads] = scene.signal_state[steps[:, None], shapes.signal[heads]]
+    for i in beacons: state[:, i] = scene.beacons[shapes.beacon[i]].on[steps]
+    return x, y, yaw, state, corner, valid
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c016
-def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], step: int, items: tuple, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
-    "Visible polygons of a keyframe, posed, shaded and hazed; `items` are their states at this step."
-    xy, yaw, state, corner, valid = items
-    x0, y0, heading = scene.ego[step, :3]
-    c, s = np.cos(heading), np.sin(heading)
-    rel = xy - [x0, y0]
-    ex, ey = c * rel[:, 0] + s * rel[:, 1], -s * rel[:, 0] + c * rel[:, 1]
+def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], steps: np.ndarray, items: tuple, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
+    "Visible polygons of some keyframes, posed, shaded and hazed; `items` are their states at these steps."
+    x, y, yaw, state, corner, valid = items
+    x0, y0, heading = scene.ego[steps, :3].T[..., None]
+    c, s, dx, dy = np.cos(heading), np.sin(heading), x - x0, y - y0
+    ex, ey = c * dx + s * dy, -s * dx + c * dy
     distance = np.hypot(ex - 1.6, ey)
     eyes = np.stack([camera.translation for camera in rig])
     scale = np.where((shapes.signal >= 0) | (shapes.beacon >= 0), lamp_diameter_m(distance), 1.)
     keep = valid & (distance < FAR_M) & (ex + scale * shapes.radius > eyes[:, 0].min())
-    shown = (shapes.when == ALWAYS) | (shapes.when == state[shapes.item]) | (shapes.when > 1) & (shapes.when == corner[shapes.item])
-    index = np.flatnonzero(keep[shapes.item] & shown & (shapes.reach > distance[shapes.item]))
+    shown = (shapes.when == ALWAYS) | (shapes.when == state.take(shapes.item, 1)) | (shapes.when > 1) & (shapes.when == corner.take(shapes.item, 1))
+    frame, index = np.nonzero(keep.take(shapes.item, 1) & shown & (shapes.reach > distance.take(shapes.item, 1)))
     item = shapes.item[index]
+    who = frame * keep.shape[1] + item                                       # in the arrays of states
     angle = np.where(shapes.billboard, np.arctan2(-ey, 1.6 - ex), yaw - heading)
-    ca, sa, (lx, ly, lz) = (np.cos(angle) * scale)[item], (np.sin(angle) * scale)[item], shapes.local.take(index, 2)
-    xyz = np.stack([ex[item] + ca * lx - sa * ly, ey[item] + sa * lx + ca * ly, shapes.xyz[item, 2] + scale[item] * lz])
+    ca, sa, (lx, ly, lz) = (np.cos(angle) * scale).take(who), (np.sin(angle) * scale).take(who), shapes.local.take(index, 2)
+    xyz = np.stack([ex.take(who) + ca * lx - sa * ly, ey.take(who) + sa * lx + ca * ly, shapes.xyz[item, 2] + scale.take(who) * lz])
     (ax, ay, az), (bx, by, bz) = xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 1]
     normal = np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
     some = np.flatnonzero(((eyes @ normal > (normal * xyz[:, 0]).sum(0)).any(0) | shapes.two_sided[index]) & (xyz[0].max(0) > eyes[:, 0].min()))
-    xyz, index, item, normal = xyz.take(some, 2), index[some], item[some], normal.take(some, 1)
-    sun_ego = np.array([c * sun[0] + s * sun[1], -s * sun[0] + c * sun[1], sun[2]])
-    facing = (sun_ego[:, None] * normal).sum(0) / np.maximum(np.sqrt((normal * normal).sum(0)), 1e-9)
+    xyz, frame, index, item, who, normal = xyz.take(some, 2), frame[some], index[some], item[some], who[some], normal.take(some, 1)
+    sun_ego = np.stack([c * sun[0] + s * sun[1], -s * sun[0] + c * sun[1], np.full_like(c, sun[2])])[..., 0]
+    facing = (sun_ego.take(frame, 1) * normal).sum(0) / np.maximum(np.sqrt((normal * normal).sum(0)), 1e-9)
     shade = np.where(shapes.billboard[item], .92, .70 + .38 * np.clip(facing, 0, 1))
     glow = shapes.glow[index]
     lit = shapes.rgb.take(index, 0) * np.where(glow, 1., shade * scene.light)[:, None]
-    fog = np.where(glow, 0, (1 - np.exp(-distance / HAZE_M))[item])[:, None]
-    return _Polygons(xyz, index, distance[item], np.clip(lit + fog * (haze - lit), 0, 255))
+    fog = np.where(glow, 0, (1 - np.exp(-distance / HAZE_M)).take(who))[:, None]
+    return _Polygons(np.searchsorted(frame, np.arange(len(steps) + 1)), xyz, index, distance.take(who), np.clip(lit + fog * (haze - lit), 0, 255))
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c018
 def clip_near(
@@ -217,13 +218,13 @@ def clip_near(
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c021
 @dataclass(frozen=True)
 class _Projected:
-    "What is visible of the polygons of one keyframe in the three images, one camera after the other."
-    first: Int[np.ndarray, " v+1"]         # where the pieces of each camera begin
-    polygon: Int[np.ndarray, " m"]         # column of `_Polygons`
+    "What is visible of the polygons in the three images: pieces, one camera after the other, in each one keyframe after the other."
+    first: Int[np.ndarray, "v k+1"]        # where the pieces of each camera and keyframe begin
+    index: Int[np.ndarray, " m"]           # row in Shapes
     pixels: Int[np.ndarray, "m 6 2"]       # supersampled OpenCV coordinates, 1/16 px
-    plane: Float[np.ndarray, "3 m"]        # 1/z = plane · (u, v, 1)
-    nearest: Float[np.ndarray, " m"]       # range of z [m]
-    farthest: Float[np.ndarray, " m"]
+    inverse: Float[np.ndarray, "5 m"]      # 1/z = the first three · (u, v, 1), and its range [1/m]
+    nearness: Float[np.ndarray, " m"]      # pieces are drawn in this order [m]
+    rgb: Float[np.ndarray, "m 4"]
     cut: dict                              # piece -> pixels of a polygon that was clipped
 
 def _fixed(uv: np.ndarray) -> np.ndarray: return np.rint(np.clip((uv * SUPERSAMPLE - .5) * 16, -4e5, 4e5)).astype(np.int32)
@@ -262,7 +263,10 @@ def _project(polygons: _Polygons, shapes: Shapes, rig: tuple[Camera, ...]) -> _P
     left = np.flatnonzero(visible)
     nx, ny, nz, offset, nearest, farthest = (a[left] for a in (nx, ny, nz, offset, nearest, z.max(0)))
     plane = np.stack([nx / K[0, 0], ny / K[1, 1], nz - nx * (K[0, 2] / K[0, 0]) - ny * (K[1, 2] / K[1, 1])]) / np.where(np.abs(offset) < 1e-9, -1e-9, offset)
-    return _Projected(np.searchsorted(at[left], np.arange(len(rig) + 1) * N), n[left], _fixed(np.stack([u.T[left], v.T[left]], -1)), plane, np.maximum(nearest, NEAR_M), farthest,
+    n, rgb = n[left], np.zeros((len(left), 4))
+    index, rgb[:, :3] = polygons.index[n], np.rint(polygons.rgb[n])
+    return _Projected(np.searchsorted(at[left], np.arange(len(rig))[:, None] * N + polygons.first), index, _fixed(np.stack([u.T[left], v.T[left]], -1)),
+                      np.stack([*plane, 1 / farthest, 1 / np.maximum(nearest, NEAR_M)]), -(polygons.distance[n] + shapes.bias[index]), rgb,
                       {i: cut[j] for i, j in enumerate(left.tolist()) if j in cut} if cut else {})
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c023
@@ -272,17 +276,14 @@ def _outlines(proj: _Projected, pieces: np.ndarray, shift: int = 0) -> list[np.n
     for k in np.flatnonzero(np.isin(pieces, list(proj.cut))).tolist() if proj.cut else (): out[k] = proj.cut[pieces[k]] + shift
     return out
 
-def _paint(canvas: np.ndarray, faces: np.ndarray, polygons: _Polygons, shapes: Shapes, proj: _Projected) -> np.ndarray:
+def _paint(canvas: np.ndarray, faces: np.ndarray, shapes: Shapes, proj: _Projected, frame: int) -> np.ndarray:
     "Draw one keyframe; returns the piece of `proj` behind each face number (1, 2, …)."
-    index, fill = polygons.index[proj.polygon], cv2.fillConvexPoly
-    key, is_face = polygons.distance[proj.polygon] + shapes.bias[index], shapes.label[index] >= 0
-    rgb, drawn, number = np.zeros((len(index), 4)), [], 1
-    rgb[:, :3] = np.rint(polygons.rgb[proj.polygon])
-    for c, (first, last) in enumerate(pairwise(proj.first.tolist())):
-        order = first + np.argsort(-key[first:last], kind='stable')
-        visible = order[is_face[order]]
+    fill, drawn, number = cv2.fillConvexPoly, [], 1
+    for c, (first, last) in enumerate(proj.first[:, frame:frame + 2].tolist()):
+        order = first + np.argsort(proj.nearness[first:last], kind='stable')
+        visible = order[shapes.label[proj.index[order]] >= 0]
         large, small = _outlines(proj, order), _outlines(proj, visible, -8)   # small: the same points on the grid of the final size, 1/32 px: u/2 - 1/4
-        for _ in map(fill, repeat(canvas[:, c]), large, rgb[order].tolist(), repeat(cv2.LINE_8), repeat(4)): pass
+        for _ in map(fill, repeat(canvas[:, c]), large, proj.rgb[order].tolist(), repeat(cv2.LINE_8), repeat(4)): pass
         for _ in map(fill, repeat(faces[c]), small, range(number, number + len(visible)), repeat(cv2.LINE_8), repeat(5)): pass
         drawn.append(visible)
         number += len(visible)
@@ -295,12 +296,12 @@ def _centres(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     _, v, u = np.indices(shape)
     return (u + .5).ravel(), (v + .5).ravel()
 
-def _annotate(faces: np.ndarray, drawn: np.ndarray, polygons: _Polygons, shapes: Shapes, proj: _Projected, depth: np.ndarray, labels: np.ndarray, instances: np.ndarray) -> None:
+def _annotate(faces: np.ndarray, drawn: np.ndarray, shapes: Shapes, proj: _Projected, depth: np.ndarray, labels: np.ndarray, instances: np.ndarray) -> None:
     "Depth, class and instance wherever a face was drawn."
-    at = np.flatnonzero(faces)
+    at = np.flatnonzero(faces > 0)
     if not len(at): return
-    number, (u, v), index = faces.ravel().take(at).astype(np.intp) - 1, _centres(faces.shape), polygons.index[proj.polygon[drawn]]
-    inverse, dv, rest, low, high = np.stack([*proj.plane[:, drawn], 1 / proj.farthest[drawn], 1 / proj.nearest[drawn]]).take(number, 1)
+    number, (u, v), index = faces.ravel().take(at).astype(np.intp) - 1, _centres(faces.shape), proj.index[drawn]
+    inverse, dv, rest, low, high = proj.inverse[:, drawn].take(number, 1)
     inverse *= u.take(at)
     dv *= v.take(at)
     inverse += dv
@@ -350,16 +351,18 @@ def render_scene(
     canvas, small = np.zeros((h * s, 3, w * s, 4), np.uint8), np.empty((3, h, w, 4), np.uint8)
     wide = canvas.reshape(h * s, -1, 4)
     sky, far = wide.view(np.uint32)[:view.horizon, :, 0], _far_haze(view, haze)
-    for i, (frame, items) in enumerate(zip(chosen, _item_states(scene, shapes, steps[chosen]))):
-        pose = scene.ego[steps[frame], :3]
+    items = _item_states(scene, shapes, steps[chosen])
+    for i, frame in enumerate(chosen):
+        pose, j = scene.ego[steps[frame], :3], i % _AT_ONCE
+        if j == 0:
+            some = slice(i, i + _AT_ONCE)
+            proj = _project(_polygons(scene, shapes, view.rig, steps[chosen[some]], [a[some] for a in items], sun, haze), shapes, view.rig)
         panorama[int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS:].take(view.sky_index, out=sky, mode='clip')
         _draw_ground(wide, view, ground, maps, pose, far)
         out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, maps, pose)
-        polygons = _polygons(scene, shapes, view.rig, int(steps[frame]), items, sun, haze)
-        if len(polygons.index):
-            proj, faces = _project(polygons, shapes, view.rig), np.zeros((3, h, w), np.uint16)
-            drawn = _paint(canvas, faces, polygons, shapes, proj)
-            _annotate(faces, drawn, polygons, shapes, proj, out.depth[i], out.labels[i], out.instances[i])
+        faces = np.zeros((3, h, w), np.uint16)
+        drawn = _paint(canvas, faces, shapes, proj, j)
+        _annotate(faces, drawn, shapes, proj, out.depth[i], out.labels[i], out.instances[i])
         for c in range(3): cv2.resize(canvas[:, c], size, small[c], interpolation=cv2.INTER_AREA)
         y, x = shift[frame]
         image = cv2.add(cv2.cvtColor(small.reshape(3 * h, w, 4), cv2.COLOR_BGRA2BGR), brighter[y:y + 3 * h, x:x + w])
@@ -386,12 +389,12 @@ def stitch_sprite(
     road = Road('none', {}, [], [], [], [], [], [], [])
     scene = Scene('sprite', 'train', 'boston-seaport', 0, road, np.zeros(1), np.zeros((1, 7)), [agent], np.zeros((1, 0), np.int8), [], (), np.zeros(1, np.int8), light, 0)
     shapes, (h, w), s = scene_shapes(scene), image.shape[:2], SUPERSAMPLE
-    polygons = _polygons(scene, shapes, (camera,), 0, next(_item_states(scene, shapes, np.zeros(1, int))), _sun(scene), _haze(scene))
+    step = np.zeros(1, int)
+    proj = _project(_polygons(scene, shapes, (camera,), step, _item_states(scene, shapes, step), _sun(scene), _haze(scene)), shapes, (camera,))
     canvas = np.zeros((h * s, 1, w * s, 4), np.uint8)
     canvas[:, 0, :, :3] = image.repeat(s, 0).repeat(s, 1)
     faces, d, labels, instances = np.zeros((1, h, w), np.uint16), np.zeros((1, h, w), np.float16), np.zeros((1, h, w), np.uint8), np.full((1, h, w), -1, np.int16)
-    proj = _project(polygons, shapes, (camera,))
-    _annotate(faces, _paint(canvas, faces, polygons, shapes, proj), polygons, shapes, proj, d, labels, instances)
+    _annotate(faces, _paint(canvas, faces, shapes, proj, 0), shapes, proj, d, labels, instances)
     out, body = cv2.resize(canvas[:, 0], (w, h), interpolation=cv2.INTER_AREA)[..., :3].copy(), faces[0] > 0
     if depth is not None:
         hidden = body & (depth > 0) & (depth < d[0] - .3)

@@ -21,7 +21,7 @@ from .cameras import Camera, camera_rig, ground_grid, ground_points
 from .ground import CLASS_ID, CLASSES, Ground, ground_raster
 from .scene import Agent, Road, Scene
 from .scene import keyframes as keyframe_steps
-from .shapes import ALWAYS, FAR_M, LEFT_ON, RIGHT_ON, Shapes, lamp_diameter_m, scene_shapes
+from .shapes import ALWAYS, FAR_M, LEFT_ON, N_VERTICES, RIGHT_ON, Shapes, lamp_diameter_m, scene_shapes
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c006
 SUPERSAMPLE = 2
@@ -29,7 +29,7 @@ NEAR_M = 0.3                                                      # near plane
 HAZE_M = 160.                                                     # distance at which haze takes 63 % of a colour
 _BANDS = ((0., 12., 0, 1), (12., 26., 1, 2), (26., 60., 2, 2), (60., 1e9, 3, 2))  # depth from, to [m], mip level, samples a row
 _SKY_COLUMNS = 1024                                               # of the panorama
-_AT_ONCE = 8                                                      # keyframes whose polygons are posed and projected together
+_AT_ONCE = 16                                                     # keyframes whose polygons are posed and projected together
 
 @dataclass(frozen=True)
 class _Band:
@@ -238,7 +238,7 @@ def _project(polygons: _Polygons, shapes: Shapes, rig: tuple[Camera, ...]) -> _P
     "Project for every camera at once, clip, and cull early; axes are vertex, camera · polygon."
     R, t = np.stack([c.rotation for c in rig]), np.stack([c.translation for c in rig])[:, :, None]   # camera, row, column
     K, (w, h), N = rig[0].intrinsic, rig[0].size, len(polygons.index)
-    d = [(polygons.xyz[i][:, None] - t[:, i]).reshape(-1, len(rig) * N) for i in range(3)]
+    d = [(polygons.xyz[i][:, None] - t[:, i]).reshape(N_VERTICES, len(rig) * N) for i in range(3)]
     turned = lambda j, c: d[0] * R[c, 0, j] + d[1] * R[c, 1, j] + d[2] * R[c, 2, j]
     z = turned(2, np.repeat(np.arange(len(rig)), N))
     at = np.flatnonzero(z.max(0) > NEAR_M)

@@ -9,11 +9,11 @@ __all__ = ['SUPERSAMPLE', 'NEAR_M', 'HAZE_M', 'View', 'camera_view', 'sky_panora
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c002
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import repeat
+from itertools import compress, count, pairwise, repeat
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Float16, Int, Int16, UInt8
+from jaxtyping import Bool, Float, Float16, Float32, Int, Int16, UInt8
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c003
 from ..core.seeds import rng
@@ -104,11 +104,11 @@ def sky_panorama(
     return np.concatenate([packed, packed], 1).ravel()
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c013
-def _to_raster(A: np.ndarray, pose: np.ndarray) -> list[list[np.float32]]:  # 2 rows of 3
-    "Ego x, y, 1 to raster pixels, from world x, y, 1 to raster pixels."
-    c, s = float(np.cos(pose[2])), float(np.sin(pose[2]))
-    x, y = float(pose[0]), float(pose[1])
-    return [[np.float32(v) for v in (a * c + b * s, b * c - a * s, a * x + b * y + t)] for a, b, t in A.tolist()]
+def _to_raster(A: np.ndarray, poses: Float[np.ndarray, "k 3"]) -> Float32[np.ndarray, "k 2 3"]:
+    "Ego x, y, 1 to raster pixels for some poses, from world x, y, 1 to raster pixels."
+    (a, b, t), (x, y, yaw) = A.T, poses.T[..., None]
+    c, s = np.cos(yaw), np.sin(yaw)
+    return np.stack([a * c + b * s, b * c - a * s, a * x + b * y + t], -1).astype(np.float32)
 
 def _plane(x: np.ndarray, y: np.ndarray, a: np.float32, b: np.float32, t: np.float32) -> np.ndarray:
     "a x + (b y + t)."
@@ -124,10 +124,10 @@ def _far_haze(view: View, haze: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     added = np.tile(np.append(haze, 0).astype(np.uint16), view.sky_index.shape[1]) * w
     return np.broadcast_to(256 - w, added.shape).copy(), added
 
-def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray, haze: tuple) -> None:
+def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], haze: tuple) -> None:
     "Sample the raster into the lower rows of the three supersampled images, side by side."
     for band in view.bands:
-        u, v = (_plane(band.x, band.y, *row) for row in _to_raster(maps[band.level], pose))
+        u, v = (_plane(band.x, band.y, *row) for row in maps[band.level])
         rows = canvas[band.rows]
         out = cv2.remap(ground.levels[band.level], u, v, cv2.INTER_LINEAR, rows if band.taps == 1 else None, cv2.BORDER_CONSTANT, ground.outside)
         if band.taps == 2: cv2.addWeighted(out[::2], .5, out[1::2], .5, 0, rows)
@@ -137,10 +137,10 @@ def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.n
     out >>= 8
     far[:] = out
 
-def _ground_labels(view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray) -> np.ndarray:  # (3, rows, w)
+def _ground_labels(view: View, ground: Ground, maps: list[np.ndarray]) -> np.ndarray:  # (3, rows, w)
     "Classes of the bare ground at the pixel centres."
     x, y = view.label_xy
-    u, v = (_plane(x, y, *row) for row in _to_raster(maps[0], pose))
+    u, v = (_plane(x, y, *row) for row in maps[0])
     out = cv2.remap(ground.labels, u, v, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=CLASS_ID['offroad'])
     return out.reshape(len(view.rig), -1, out.shape[1])
 
@@ -218,14 +218,14 @@ def clip_near(
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c021
 @dataclass(frozen=True)
 class _Projected:
-    "What is visible of the polygons in the three images: pieces, one camera after the other, in each one keyframe after the other."
+    "What is visible of the polygons in the three images: pieces, one camera after the other, in each one keyframe after the other, from far to near."
     first: Int[np.ndarray, "v k+1"]        # where the pieces of each camera and keyframe begin
     index: Int[np.ndarray, " m"]           # row in Shapes
-    pixels: Int[np.ndarray, "m 6 2"]       # supersampled OpenCV coordinates, 1/16 px
     inverse: Float[np.ndarray, "5 m"]      # 1/z = the first three · (u, v, 1), and its range [1/m]
-    nearness: Float[np.ndarray, " m"]      # pieces are drawn in this order [m]
-    rgb: Float[np.ndarray, "m 4"]
-    cut: dict                              # piece -> pixels of a polygon that was clipped
+    outlines: list                         # m times up to six vertices: supersampled OpenCV coordinates, 1/16 px
+    rgb: list
+    face: Int[np.ndarray, " f"]            # pieces with a class
+    small: list                            # their outlines on the grid of the final size, 1/32 px: u/2 - 1/4
 
 def _fixed(uv: np.ndarray) -> np.ndarray: return np.rint(np.clip((uv * SUPERSAMPLE - .5) * 16, -4e5, 4e5)).astype(np.int32)
 
@@ -261,33 +261,26 @@ def _project(polygons: _Polygons, shapes: Shapes, rig: tuple[Camera, ...]) -> _P
         visible[i] = len(uv) > 2
         cut[i] = _fixed(uv)
     left = np.flatnonzero(visible)
+    first = np.searchsorted(at[left], np.arange(len(rig))[:, None] * N + polygons.first)
+    nearness = -(polygons.distance[n] + shapes.bias[polygons.index[n]])[left]
+    left = left[np.concatenate([a + np.argsort(nearness[a:b], kind='stable') for a, b in pairwise(first.ravel().tolist())])]
     nx, ny, nz, offset, nearest, farthest = (a[left] for a in (nx, ny, nz, offset, nearest, z.max(0)))
     plane = np.stack([nx / K[0, 0], ny / K[1, 1], nz - nx * (K[0, 2] / K[0, 0]) - ny * (K[1, 2] / K[1, 1])]) / np.where(np.abs(offset) < 1e-9, -1e-9, offset)
     n, rgb = n[left], np.zeros((len(left), 4))
-    index, rgb[:, :3] = polygons.index[n], np.rint(polygons.rgb[n])
-    return _Projected(np.searchsorted(at[left], np.arange(len(rig))[:, None] * N + polygons.first), index, _fixed(np.stack([u.T[left], v.T[left]], -1)),
-                      np.stack([*plane, 1 / farthest, 1 / np.maximum(nearest, NEAR_M)]), -(polygons.distance[n] + shapes.bias[index]), rgb,
-                      {i: cut[j] for i, j in enumerate(left.tolist()) if j in cut} if cut else {})
+    index, rgb[:, :3], pixels = polygons.index[n], np.rint(polygons.rgb[n]), _fixed(np.stack([u.T[left], v.T[left]], -1))
+    outlines, small, face = list(pixels), list(pixels - 8), shapes.label[index] >= 0
+    for i in np.flatnonzero(~whole[left]).tolist(): outlines[i], small[i] = cut[left[i]], cut[left[i]] - 8
+    return _Projected(first, index, np.stack([*plane, 1 / farthest, 1 / np.maximum(nearest, NEAR_M)]), outlines, rgb.tolist(), np.flatnonzero(face), list(compress(small, face.tolist())))
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c023
-def _outlines(proj: _Projected, pieces: np.ndarray, shift: int = 0) -> list[np.ndarray]:
-    "Vertices of some pieces, moved by `shift`; drawing the last one several times changes nothing."
-    out = list(proj.pixels[pieces] + shift)
-    for k in np.flatnonzero(np.isin(pieces, list(proj.cut))).tolist() if proj.cut else (): out[k] = proj.cut[pieces[k]] + shift
-    return out
-
-def _paint(canvas: np.ndarray, faces: np.ndarray, shapes: Shapes, proj: _Projected, frame: int) -> np.ndarray:
+def _paint(canvas: np.ndarray, faces: np.ndarray, proj: _Projected, frame: int) -> np.ndarray:
     "Draw one keyframe; returns the piece of `proj` behind each face number (1, 2, …)."
-    fill, drawn, number = cv2.fillConvexPoly, [], 1
-    for c, (first, last) in enumerate(proj.first[:, frame:frame + 2].tolist()):
-        order = first + np.argsort(proj.nearness[first:last], kind='stable')
-        visible = order[shapes.label[proj.index[order]] >= 0]
-        large, small = _outlines(proj, order), _outlines(proj, visible, -8)   # small: the same points on the grid of the final size, 1/32 px: u/2 - 1/4
-        for _ in map(fill, repeat(canvas[:, c]), large, proj.rgb[order].tolist(), repeat(cv2.LINE_8), repeat(4)): pass
-        for _ in map(fill, repeat(faces[c]), small, range(number, number + len(visible)), repeat(cv2.LINE_8), repeat(5)): pass
-        drawn.append(visible)
-        number += len(visible)
-    return np.concatenate(drawn)
+    fill, drawn, pieces = cv2.fillConvexPoly, [], proj.first[:, frame:frame + 2]
+    for c, (a, b, i, j) in enumerate(np.c_[pieces, np.searchsorted(proj.face, pieces)].tolist()):
+        for _ in map(fill, repeat(canvas[:, c]), proj.outlines[a:b], proj.rgb[a:b], repeat(cv2.LINE_8), repeat(4)): pass
+        for _ in map(fill, repeat(faces[c]), proj.small[i:j], count(len(drawn) + 1), repeat(cv2.LINE_8), repeat(5)): pass
+        drawn += proj.face[i:j].tolist()
+    return np.array(drawn, int)
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c024
 @lru_cache(maxsize=8)
@@ -351,17 +344,18 @@ def render_scene(
     canvas, small = np.zeros((h * s, 3, w * s, 4), np.uint8), np.empty((3, h, w, 4), np.uint8)
     wide = canvas.reshape(h * s, -1, 4)
     sky, far = wide.view(np.uint32)[:view.horizon, :, 0], _far_haze(view, haze)
-    items = _item_states(scene, shapes, steps[chosen])
+    items, poses = _item_states(scene, shapes, steps[chosen]), scene.ego[steps[chosen], :3]
+    turned = list(zip(*(_to_raster(A, poses) for A in maps)))
+    starts = (np.floor(poses[:, 2] / (2 * np.pi) * _SKY_COLUMNS).astype(int) % _SKY_COLUMNS).tolist()
     for i, frame in enumerate(chosen):
-        pose, j = scene.ego[steps[frame], :3], i % _AT_ONCE
-        if j == 0:
+        if (j := i % _AT_ONCE) == 0:
             some = slice(i, i + _AT_ONCE)
             proj = _project(_polygons(scene, shapes, view.rig, steps[chosen[some]], [a[some] for a in items], sun, haze), shapes, view.rig)
-        panorama[int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS:].take(view.sky_index, out=sky, mode='clip')
-        _draw_ground(wide, view, ground, maps, pose, far)
-        out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, maps, pose)
+        panorama[starts[i]:].take(view.sky_index, out=sky, mode='clip')
+        _draw_ground(wide, view, ground, turned[i], far)
+        out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, turned[i])
         faces = np.zeros((3, h, w), np.uint16)
-        drawn = _paint(canvas, faces, shapes, proj, j)
+        drawn = _paint(canvas, faces, proj, j)
         _annotate(faces, drawn, shapes, proj, out.depth[i], out.labels[i], out.instances[i])
         for c in range(3): cv2.resize(canvas[:, c], size, small[c], interpolation=cv2.INTER_AREA)
         y, x = shift[frame]
@@ -394,7 +388,7 @@ def stitch_sprite(
     canvas = np.zeros((h * s, 1, w * s, 4), np.uint8)
     canvas[:, 0, :, :3] = image.repeat(s, 0).repeat(s, 1)
     faces, d, labels, instances = np.zeros((1, h, w), np.uint16), np.zeros((1, h, w), np.float16), np.zeros((1, h, w), np.uint8), np.full((1, h, w), -1, np.int16)
-    _annotate(faces, _paint(canvas, faces, shapes, proj, 0), shapes, proj, d, labels, instances)
+    _annotate(faces, _paint(canvas, faces, proj, 0), shapes, proj, d, labels, instances)
     out, body = cv2.resize(canvas[:, 0], (w, h), interpolation=cv2.INTER_AREA)[..., :3].copy(), faces[0] > 0
     if depth is not None:
         hidden = body & (depth > 0) & (depth < d[0] - .3)

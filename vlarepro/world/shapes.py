@@ -64,13 +64,15 @@ class Parts:
                                  (len(xyz), len(self.items) - 1, rgb, label, when, reach_m, glow, two_sided, bias_m)): column.append(value)
         return xyz
 
-    def panels(self, quads: Float[np.ndarray, "n m 4 3"], rgb: Float[np.ndarray, "n m 3"], reach_m: list) -> None:
-        "Several quadrilaterals for each of the last n items: the first is a face, the others details in it."
+    def panels(self, source: str, index: int, xyz: Float[np.ndarray, "n 3"], yaw_rad: Number, kind: str, quads: Float[np.ndarray, "n m 4 3"], rgb: Float[np.ndarray, "n m 3"], reach_m: list) -> None:
+        "Several items of m quadrilaterals each: the first is a face, the others details in it."
         n, m = quads.shape[:2]
+        self.items += [(source, index, *at, float(yaw_rad), False, -1) for at in xyz.tolist()]
+        self.classes += [CLASS_ID[kind]] * n
         self.local.append(quads.reshape(-1, 3))
         self.rgb += rgb.reshape(-1, 3).tolist(); self.reach += reach_m * n
         self.item += [i for i in range(len(self.items) - n, len(self.items)) for _ in range(m)]
-        self.label += [label for kind in self.classes[-n:] for label in (kind, *[-1] * (m - 1))]
+        self.label += [CLASS_ID[kind], *[-1] * (m - 1)] * n
         for column, value in zip((self.count, self.when, self.glow, self.two_sided, self.bias), (4, ALWAYS, False, False, WALL_BIAS_M)): column += [value] * (n * m)
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c008
@@ -106,14 +108,11 @@ def inset(face: np.ndarray, u0: Number, u1: Number, v0: Number, v1: Number) -> n
     "A quadrilateral inside a face: u from its left edge, v from its bottom."
     return np.array(_weights(u0, u1, v0, v1)) @ face
 
-_HEXAGON = (lambda a: (np.cos(a), np.sin(a)))(np.arange(6) * np.pi / 3 + np.pi / 6)
+_HEXAGON = (lambda u, z: {k: np.stack(a, -1) for k, a in {'x': (0 * u, u, z), '-y': (u, 0 * u, z), '+y': (-u, 0 * u, z)}.items()})(*(f(np.arange(6) * np.pi / 3 + np.pi / 6) for f in (np.cos, np.sin)))
 
 def disc(centre, radius: Number, axis: str = 'x', stretch: Number = 1.) -> np.ndarray:  # (6, 3)
     "A hexagon that faces +x, or ±y ('+y', '-y')."
-    out, u = np.zeros((6, 3)), radius * _HEXAGON[0]
-    out[:, 1 if axis == 'x' else 0] = -u if axis == '+y' else u
-    out[:, 2] = radius * _HEXAGON[1] * stretch
-    return np.asarray(centre, float) + out
+    return _HEXAGON[axis] * radius * (1, 1, stretch) + centre
 
 def upright(y0: Number, y1: Number, z0: Number, z1: Number, top: Number = 1.) -> np.ndarray:  # (4, 3)
     "A rectangle that faces +x; `top` narrows its upper edge."
@@ -272,17 +271,16 @@ def building(p: Parts, index: int, prop) -> None:
     parts = [(0, 1, 0, 1), (0, 1, 0, .9 / h), (0, 1, 1 - .5 / h, 1)]
     parts += [(u, u + .3, (k + .38) / floors, (k + .8) / floors) for k in range(floors) for u in (.14, .56)]
     W, reach = _corners(parts), [FAR_M, 50., 60.] + [45.] * (2 * floors)
-    c, s, (x0, y0, z0) = float(np.cos(prop.yaw_rad)), float(np.sin(prop.yaw_rad)), prop.xyz.tolist()
-    for name, f in box_faces((-l / 2, l / 2, -w / 2, w / 2), 0, h).items():
-        if name == 'top': continue
-        n = max(1, round(float(np.hypot(*(f[1] - f[0])[:2])) / 5))
-        tones, panes = gen.uniform(.82, 1.16, n), gen.uniform(.7, 1.4, (n, 2 * floors))
-        panels = _strips(n) @ f
-        centres = panels.mean(1) * [1, 1, 0]
-        quads = W @ (panels - centres[:, None])[:, None]                     # panel, part, corner, xyz
-        rgb = np.concatenate([tones[:, None, None] * base * [[1.], [.62], [.8]], panes[..., None] * glass], 1)
-        for x, y, _ in centres.tolist(): p.open('prop', index, (x0 + c * x - s * y, y0 + s * x + c * y, z0), prop.yaw_rad, 'building')
-        p.panels(quads, rgb, reach)
+    faces, sides = box_faces((-l / 2, l / 2, -w / 2, w / 2), 0, h), []
+    for name, length in (('rear', w), ('front', w), ('left', l), ('right', l)):
+        n = max(1, round(length / 5))
+        sides.append((gen.uniform(.82, 1.16, n), gen.uniform(.7, 1.4, (n, 2 * floors)), _strips(n) @ faces[name]))
+    tones, panes, panels = (np.concatenate(a) for a in zip(*sides))
+    centres = panels.mean(1) * [1, 1, 0]
+    quads = W @ (panels - centres[:, None])[:, None]                         # panel, part, corner, xyz
+    rgb = np.concatenate([tones[:, None, None] * base * [[1.], [.62], [.8]], panes[..., None] * glass], 1)
+    (x, y, _), (x0, y0, z0), c, s = centres.T, prop.xyz, np.cos(prop.yaw_rad), np.sin(prop.yaw_rad)
+    p.panels('prop', index, np.stack([x0 + c * x - s * y, y0 + s * x + c * y, np.full(len(x), z0)], -1), prop.yaw_rad, 'building', quads, rgb, reach)
 
 def plant(p: Parts, index: int, prop) -> None:
     "A tree (trunk and three crowns) or a bush."

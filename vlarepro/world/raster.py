@@ -222,7 +222,7 @@ class _Projected:
     first: Int[np.ndarray, "v k+1"]        # where the pieces of each camera and keyframe begin
     index: Int[np.ndarray, " m"]           # row in Shapes
     inverse: Float[np.ndarray, "5 m"]      # 1/z = the first three · (u, v, 1), and its range [1/m]
-    outlines: list                         # m times up to six vertices: supersampled OpenCV coordinates, 1/16 px
+    outlines: list                         # m times vertices, the last one repeated, which fills nothing more: supersampled OpenCV coordinates, 1/16 px
     rgb: list
     face: Int[np.ndarray, " f"]            # pieces with a class
     small: list                            # their outlines on the grid of the final size, 1/32 px: u/2 - 1/4

@@ -61,7 +61,7 @@ def image_stats(
 ) -> UInt8[np.ndarray, "*b 8"]:        # mean grey levels
     "Mean grey of 2 × 4 blocks of each image."
     *b, h, w, c = images.shape
-    blocks = images.reshape(-1, 2, h // 2, 4, w // 4 * c).astype(np.uint32).sum((2, 4))
+    blocks = images.reshape(-1, h // 2, 4, w // 4 * c).sum(1, dtype=np.uint32).sum(-1)
     return np.rint(blocks / (h // 2 * (w // 4) * c)).astype(np.uint8).reshape(*b, 8)
 
 # %% ../../nbs/10_world/76_files.ipynb #c012

@@ -254,13 +254,15 @@ def _paint_marks(paint: np.ndarray, labels: np.ndarray, road: Road, to_px) -> No
     cv2.polylines(labels, stops, False, CLASS_ID['mark'], 2, cv2.LINE_8, 4)
 
 # %% ../../nbs/10_world/52_ground.ipynb #c024
-def _tiled(tile: np.ndarray, w: int, h: int, gen: np.random.Generator) -> np.ndarray:
-    "A w × h piece of a periodic tile from a random place, mirrored at random."
-    dx, dy = gen.integers(TILE_PX, size=2)
-    rows, cols = (dy + np.arange(h)) % TILE_PX, (dx + np.arange(w)) % TILE_PX
-    if gen.random() < .5: rows = TILE_PX - 1 - rows
-    if gen.random() < .5: cols = TILE_PX - 1 - cols
-    return tile.view(np.uint32)[..., 0].take(rows, 0).take(cols, 1).view(np.uint8).reshape(h, w, 4)
+def _lay(tile: np.ndarray, paint: np.ndarray, where: np.ndarray, gen: np.random.Generator) -> None:
+    "Cover a part of an image with a periodic tile, from a random place and mirrored at random."
+    (dx, dy), (h, w) = gen.integers(TILE_PX, size=2).tolist(), where.shape
+    mirror = tuple(slice(None, None, -1 if gen.random() < .5 else 1) for _ in 'yx')
+    tile, paint = tile.view(np.uint32)[..., 0][mirror], paint.view(np.uint32)[..., 0]
+    for y in range(-dy, h, TILE_PX):
+        for x in range(-dx, w, TILE_PX):
+            at = slice(max(y, 0), min(y + TILE_PX, h)), slice(max(x, 0), min(x + TILE_PX, w))
+            np.copyto(paint[at], tile[at[0].start - y:at[0].stop - y, at[1].start - x:at[1].stop - x], where=where[at])
 
 @lru_cache(maxsize=1)
 def _verge_mean() -> np.ndarray: return texture_tiles()['verge'].mean((0, 1))
@@ -275,15 +277,16 @@ def ground_raster(
     A = raster_affine(origin, yaw)
     to_px = lambda p: p @ A[:, :2].T + A[:, 2]
     tiles = texture_tiles()
-    paint, labels = _tiled(tiles['verge'], w, h, gen), np.full((h, w), CLASS_ID['offroad'], np.uint8)
+    paint, labels = np.empty((h, w, 4), np.uint8), np.full((h, w), CLASS_ID['offroad'], np.uint8)
+    _lay(tiles['verge'], paint, np.broadcast_to(True, (h, w)), gen)
     area = [np.rint(to_px(np.asarray(p, float)) * 16).astype(np.int32) for p in scene.road.drivable]
     mask = np.zeros((h, w), np.uint8)
     cv2.polylines(mask, area, True, 1, int(5 / METRES_PER_PIXEL), cv2.LINE_8, 4)
     for poly in area: cv2.fillPoly(mask, [poly], 0, cv2.LINE_8, 4); cv2.fillPoly(labels, [poly], CLASS_ID['road'], cv2.LINE_8, 4)
     islands = [np.rint(to_px(np.asarray(p, float)) * 16).astype(np.int32) for p in scene.road.islands]
     for poly in islands: cv2.fillPoly(labels, [poly], CLASS_ID['offroad'], cv2.LINE_8, 4)
-    cv2.copyTo(_tiled(tiles['pavement'], w, h, gen), mask, paint)
-    cv2.copyTo(_tiled(tiles['road'], w, h, gen), (labels == CLASS_ID['road']).view(np.uint8), paint)
+    _lay(tiles['pavement'], paint, mask.view(bool), gen)
+    _lay(tiles['road'], paint, labels == CLASS_ID['road'], gen)
     cv2.polylines(paint, islands, True, KERB_RGB, 2, cv2.LINE_AA, 4)
     _paint_marks(paint, labels, scene.road, to_px)
     angle, length, strength = gen.uniform(0, 2 * np.pi), gen.uniform(.5, 1.3), gen.uniform(.5, .7)

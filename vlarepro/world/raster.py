@@ -9,10 +9,11 @@ __all__ = ['SUPERSAMPLE', 'NEAR_M', 'HAZE_M', 'View', 'camera_view', 'sky_panora
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c002
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress, count, pairwise, repeat
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Float16, Int, Int16, UInt8
+from jaxtyping import Bool, Float, Float16, Float32, Int, Int16, UInt8
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c003
 from ..core.seeds import rng
@@ -20,7 +21,7 @@ from .cameras import Camera, camera_rig, ground_grid, ground_points
 from .ground import CLASS_ID, CLASSES, Ground, ground_raster
 from .scene import Agent, Road, Scene
 from .scene import keyframes as keyframe_steps
-from .shapes import ALWAYS, FAR_M, LEFT_ON, RIGHT_ON, Shapes, lamp_diameter_m, scene_shapes
+from .shapes import ALWAYS, FAR_M, LEFT_ON, N_VERTICES, RIGHT_ON, Shapes, lamp_diameter_m, scene_shapes
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c006
 SUPERSAMPLE = 2
@@ -28,13 +29,14 @@ NEAR_M = 0.3                                                      # near plane
 HAZE_M = 160.                                                     # distance at which haze takes 63 % of a colour
 _BANDS = ((0., 12., 0, 1), (12., 26., 1, 2), (26., 60., 2, 2), (60., 1e9, 3, 2))  # depth from, to [m], mip level, samples a row
 _SKY_COLUMNS = 1024                                               # of the panorama
+_AT_ONCE = 16                                                     # keyframes whose polygons are posed and projected together
 
 @dataclass(frozen=True)
 class _Band:
     rows: slice             # of the supersampled image
     level: int
     taps: int
-    x: np.ndarray           # (3 · rows · taps, w) ego x of the samples [m]
+    x: np.ndarray           # (rows · taps, 3 · w) ego x of the samples [m]
     y: np.ndarray
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class View:
     label_xy: tuple[np.ndarray, np.ndarray]  # ego x, y of the pixel centres below the horizon (3 · rows, w)
     depth: Float16[np.ndarray, "3 h w"]   # of the bare ground, 0 in the sky [m]
     haze: np.ndarray                      # weight of haze for each supersampled ground row
-    sky_index: np.ndarray                 # (3, horizon, w) index into the doubled panorama at yaw 0
+    sky_index: np.ndarray                 # (horizon, 3 · w) index into the doubled panorama at yaw 0
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c007
 @lru_cache(maxsize=4)
@@ -62,7 +64,7 @@ def camera_view(size: tuple[int, int]) -> View:
         rows = horizon + np.flatnonzero((row_depth >= near) & (row_depth < far))
         if not len(rows): continue
         v = (rows[0] + (np.arange(len(rows) * taps) + .5) / taps) / s
-        xy = np.concatenate([ground_points(c, *np.meshgrid(cols, v))[0] for c in rig]).astype(np.float32)
+        xy = np.concatenate([ground_points(c, *np.meshgrid(cols, v))[0] for c in rig], 1).astype(np.float32)
         bands.append(_Band(slice(rows[0], rows[-1] + 1), level, taps, *(np.ascontiguousarray(xy[..., i]) for i in (0, 1))))
     grids = [ground_grid(c) for c in rig]
     depth = np.stack([np.where(np.isfinite(d), d, 0) for _, d in grids]).astype(np.float16)
@@ -74,7 +76,7 @@ def camera_view(size: tuple[int, int]) -> View:
         azimuth = c.yaw_rad - np.arctan(u)
         row = np.clip(v * np.cos(np.arctan(u)) * s, 0, horizon - 1).astype(np.int64)
         sky.append(row * 2 * _SKY_COLUMNS + np.floor(azimuth / (2 * np.pi) * _SKY_COLUMNS).astype(np.int64) % _SKY_COLUMNS)
-    return View(rig, horizon, tuple(bands), tuple(np.ascontiguousarray(low[..., i]) for i in (0, 1)), depth, 1 - np.exp(-row_depth / HAZE_M), np.stack(sky))
+    return View(rig, horizon, tuple(bands), tuple(np.ascontiguousarray(low[..., i]) for i in (0, 1)), depth, 1 - np.exp(-row_depth / HAZE_M), np.concatenate(sky, 1))
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c011
 def _haze(scene: Scene) -> np.ndarray: return np.clip(np.array([196., 204., 214.]) * scene.light, 0, 255)
@@ -85,29 +87,28 @@ def sky_panorama(
 ) -> np.ndarray: # (rows · 2 · columns,) packed pixels; row 0 is at the horizon, columns repeated twice
     "Sky of a scene over all azimuths."
     gen, n = rng('sky', scene.texture_seed), _SKY_COLUMNS
-    up = (np.arange(rows) / rows)[:, None, None]
-    haze, zenith = _haze(scene), np.array([92., 142., 206.]) * min(scene.light, 1.1)
+    up = (np.arange(rows) / rows)[:, None]
+    haze, zenith, white = (np.reshape(a, (3, 1, 1)) for a in (_haze(scene), np.array([92., 142., 206.]) * min(scene.light, 1.1), np.array([236., 236., 238.]) * min(scene.light, 1.05)))
     sky = haze + (zenith - haze) * up ** .8
     blobs = sum(a * cv2.resize(cv2.copyMakeBorder(gen.standard_normal((k, 2 * k)).astype(np.float32), 0, 0, 0, 1, cv2.BORDER_WRAP), (n, rows), interpolation=cv2.INTER_LINEAR) for k, a in ((4, 1.), (9, .6)))
-    cloud = np.clip(blobs * .5 + gen.uniform(-.3, .4), 0, .8)[..., None] * np.clip(up * 4, 0, 1)
-    sky = sky + cloud * (np.array([236., 236., 238.]) * min(scene.light, 1.05) - sky)
+    cloud = np.clip(blobs * .5 + gen.uniform(-.3, .4), 0, .8) * np.clip(up * 4, 0, 1)
+    sky = sky + cloud * (white - sky)                                        # colour, row, column
     for tone, height, width in ((.80, .17, 14), (.62, .11, 30)):
         blocks = np.repeat(gen.gamma(2., height / 2, n // width + 1), width)[:n] * rows
         shade = np.repeat(gen.uniform(.9, 1.1, n // width + 1), width)[:n]
-        green = np.repeat(gen.random(n // width + 1) < .4, width)[:n, None] * np.array([-14., 2., -22.])
-        inside = np.arange(rows)[:, None] < blocks
-        sky = np.where(inside[..., None], haze * tone * shade[:, None] + green, sky)
+        green = np.repeat(gen.random(n // width + 1) < .4, width)[:n] * np.array([[[-14.]], [[2.]], [[-22.]]])
+        np.copyto(sky, haze * tone * shade + green, where=np.arange(rows)[:, None] < blocks)
     out = np.zeros((rows, n, 4), np.uint8)
-    out[..., :3] = np.clip(sky, 0, 255)
+    out[..., :3] = np.clip(sky, 0, 255, out=sky).transpose(1, 2, 0)
     packed = out.view(np.uint32)[..., 0]
     return np.concatenate([packed, packed], 1).ravel()
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c013
-def _to_raster(A: np.ndarray, pose: np.ndarray) -> list[list[np.float32]]:  # 2 rows of 3
-    "Ego x, y, 1 to raster pixels, from world x, y, 1 to raster pixels."
-    c, s = float(np.cos(pose[2])), float(np.sin(pose[2]))
-    x, y = float(pose[0]), float(pose[1])
-    return [[np.float32(v) for v in (a * c + b * s, b * c - a * s, a * x + b * y + t)] for a, b, t in A.tolist()]
+def _to_raster(A: np.ndarray, poses: Float[np.ndarray, "k 3"]) -> Float32[np.ndarray, "k 2 3"]:
+    "Ego x, y, 1 to raster pixels for some poses, from world x, y, 1 to raster pixels."
+    (a, b, t), (x, y, yaw) = A.T, poses.T[..., None]
+    c, s = np.cos(yaw), np.sin(yaw)
+    return np.stack([a * c + b * s, b * c - a * s, a * x + b * y + t], -1).astype(np.float32)
 
 def _plane(x: np.ndarray, y: np.ndarray, a: np.float32, b: np.float32, t: np.float32) -> np.ndarray:
     "a x + (b y + t)."
@@ -116,46 +117,45 @@ def _plane(x: np.ndarray, y: np.ndarray, a: np.float32, b: np.float32, t: np.flo
     out += a * x
     return out
 
-def _band_haze(view: View, haze: np.ndarray) -> list[tuple[np.ndarray, np.ndarray] | None]:
-    "For each band: what its pixels are multiplied by, and what haze adds, in 1/256 for each row; None where there is hardly any."
-    out, width = [], view.sky_index.shape[-1]
+def _far_haze(view: View, haze: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "For the ground rows of the bands with more than hardly any haze: what their pixels are multiplied by, and what haze adds, in 1/256."
+    end = max((band.rows.stop - view.horizon for band in view.bands if view.haze[band.rows.start - view.horizon] > .1), default=0)
+    w = np.rint(view.haze[:end] * 256).astype(np.uint16)[:, None]
+    added = np.tile(np.append(haze, 0).astype(np.uint16), view.sky_index.shape[1]) * w
+    return np.broadcast_to(256 - w, added.shape).copy(), added
+
+def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], haze: tuple) -> None:
+    "Sample the raster into the lower rows of the three supersampled images, side by side."
     for band in view.bands:
-        w = view.haze[band.rows.start - view.horizon:band.rows.stop - view.horizon]
-        if w.max() <= .1: out.append(None); continue
-        w = np.rint(w * 256).astype(np.uint16)[:, None]
-        out.append(tuple(np.ascontiguousarray(np.broadcast_to(a, (len(w), 4 * width))) for a in (256 - w, np.tile(np.append(haze, 0).astype(np.uint16), width) * w)))
-    return out
+        u, v = (_plane(band.x, band.y, *row) for row in maps[band.level])
+        rows = canvas[band.rows]
+        out = cv2.remap(ground.levels[band.level], u, v, cv2.INTER_LINEAR, rows if band.taps == 1 else None, cv2.BORDER_CONSTANT, ground.outside)
+        if band.taps == 2: cv2.addWeighted(out[::2], .5, out[1::2], .5, 0, rows)
+    far = canvas[view.horizon:view.horizon + len(haze[0])].reshape(haze[0].shape)
+    out = far * haze[0]
+    out += haze[1]
+    out >>= 8
+    far[:] = out
 
-def _draw_ground(canvas: np.ndarray, view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray, hazes: list) -> None:
-    "Sample the raster into the lower rows of the three supersampled images."
-    for band, haze in zip(view.bands, hazes):
-        u, v = (_plane(band.x, band.y, *row) for row in _to_raster(maps[band.level], pose))
-        out = cv2.remap(ground.levels[band.level], u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=ground.outside)
-        if band.taps > 1: out = cv2.resize(out, (out.shape[1], out.shape[0] // band.taps), interpolation=cv2.INTER_AREA)
-        if haze is not None:
-            out = out.reshape(len(view.rig), *haze[0].shape) * haze[0]
-            out += haze[1]
-            out >>= 8
-        canvas[:, band.rows] = out.reshape(len(view.rig), -1, *canvas.shape[2:])
-
-def _ground_labels(view: View, ground: Ground, maps: list[np.ndarray], pose: np.ndarray) -> np.ndarray:  # (3, rows, w)
+def _ground_labels(view: View, ground: Ground, maps: list[np.ndarray]) -> np.ndarray:  # (3, rows, w)
     "Classes of the bare ground at the pixel centres."
     x, y = view.label_xy
-    u, v = (_plane(x, y, *row) for row in _to_raster(maps[0], pose))
+    u, v = (_plane(x, y, *row) for row in maps[0])
     out = cv2.remap(ground.labels, u, v, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=CLASS_ID['offroad'])
     return out.reshape(len(view.rig), -1, out.shape[1])
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c015
 @dataclass(frozen=True)
 class _Polygons:
-    "Polygons of one keyframe in the ego frame."
+    "Polygons of some keyframes in the ego frame, one keyframe after the other."
+    first: np.ndarray      # (k + 1,) where the polygons of each keyframe begin
     xyz: np.ndarray        # (3, 6, n) coordinate, vertex, polygon [m]
     index: np.ndarray      # (n,) row in Shapes
     distance: np.ndarray   # (n,) of the item [m]
     rgb: np.ndarray        # (n, 3) lit and hazed
 
 def _item_states(scene: Scene, shapes: Shapes, steps: Int[np.ndarray, " k"]):
-    "World x, y, yaw, what to show, which indicator, and whether to show it, for every item at some simulation steps, one after the other."
+    "World x, y, yaw, what to show, which indicator, and whether to show it, for some simulation steps (rows) and every item."
     moving, heads, beacons = (np.flatnonzero(x >= 0) for x in (shapes.agent, shapes.signal, shapes.beacon))
     agents = [scene.agents[i] for i in shapes.agent[moving]]
     column = lambda name, *shape: np.stack([getattr(a, name)[steps] for a in agents], 1) if agents else np.zeros((len(steps), 0, *shape), bool)
@@ -163,44 +163,43 @@ def _item_states(scene: Scene, shapes: Shapes, steps: Int[np.ndarray, " k"]):
     walks = np.array([a.category.startswith('human') for a in agents], bool) & (track[..., 3] > .2)
     shown, there = np.where(walks, (steps // 5 % 2)[:, None], column('braking')), there & np.isfinite(track[..., :2]).all(-1)
     turning = column('turning')
-    for k, step in enumerate(steps):
-        xy, yaw = shapes.xyz[:, :2].copy(), shapes.yaw.copy()
-        (state, corner), valid = np.zeros((2, len(yaw)), int), np.ones(len(yaw), bool)
-        xy[moving], yaw[moving], state[moving], valid[moving] = track[k, :, :2], track[k, :, 2], shown[k], there[k]
-        corner[moving] = np.where(turning[k] == 1, LEFT_ON, np.where(turning[k] == -1, RIGHT_ON, 0))
-        if len(heads): state[heads] = scene.signal_state[step, shapes.signal[heads]]
-        for i in beacons: state[i] = scene.beacons[shapes.beacon[i]].on[step]
-        yield xy, yaw, state, corner, valid
+    x, y, yaw = (np.tile(a, (len(steps), 1)) for a in (*shapes.xyz.T[:2], shapes.yaw))
+    (state, corner), valid = np.zeros((2, *yaw.shape), np.int8), np.ones(yaw.shape, bool)
+    x[:, moving], y[:, moving], yaw[:, moving], state[:, moving], valid[:, moving] = *np.moveaxis(track[..., :3], -1, 0), shown, there
+    corner[:, moving] = np.where(turning == 1, LEFT_ON, np.where(turning == -1, RIGHT_ON, 0))
+    if len(heads): state[:, heads] = scene.signal_state[steps[:, None], shapes.signal[heads]]
+    for i in beacons: state[:, i] = scene.beacons[shapes.beacon[i]].on[steps]
+    return x, y, yaw, state, corner, valid
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c016
-def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], step: int, items: tuple, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
-    "Visible polygons of a keyframe, posed, shaded and hazed; `items` are their states at this step."
-    xy, yaw, state, corner, valid = items
-    x0, y0, heading = scene.ego[step, :3]
-    c, s = np.cos(heading), np.sin(heading)
-    rel = xy - [x0, y0]
-    ex, ey = c * rel[:, 0] + s * rel[:, 1], -s * rel[:, 0] + c * rel[:, 1]
+def _polygons(scene: Scene, shapes: Shapes, rig: tuple[Camera, ...], steps: np.ndarray, items: tuple, sun: np.ndarray, haze: np.ndarray) -> _Polygons:
+    "Visible polygons of some keyframes, posed, shaded and hazed; `items` are their states at these steps."
+    x, y, yaw, state, corner, valid = items
+    x0, y0, heading = scene.ego[steps, :3].T[..., None]
+    c, s, dx, dy = np.cos(heading), np.sin(heading), x - x0, y - y0
+    ex, ey = c * dx + s * dy, -s * dx + c * dy
     distance = np.hypot(ex - 1.6, ey)
     eyes = np.stack([camera.translation for camera in rig])
     scale = np.where((shapes.signal >= 0) | (shapes.beacon >= 0), lamp_diameter_m(distance), 1.)
     keep = valid & (distance < FAR_M) & (ex + scale * shapes.radius > eyes[:, 0].min())
-    shown = (shapes.when == ALWAYS) | (shapes.when == state[shapes.item]) | (shapes.when > 1) & (shapes.when == corner[shapes.item])
-    index = np.flatnonzero(keep[shapes.item] & shown & (shapes.reach > distance[shapes.item]))
+    shown = (shapes.when == ALWAYS) | (shapes.when == state.take(shapes.item, 1)) | (shapes.when > 1) & (shapes.when == corner.take(shapes.item, 1))
+    frame, index = np.nonzero(keep.take(shapes.item, 1) & shown & (shapes.reach > distance.take(shapes.item, 1)))
     item = shapes.item[index]
+    who = frame * keep.shape[1] + item                                       # in the arrays of states
     angle = np.where(shapes.billboard, np.arctan2(-ey, 1.6 - ex), yaw - heading)
-    ca, sa, (lx, ly, lz) = (np.cos(angle) * scale)[item], (np.sin(angle) * scale)[item], shapes.local.take(index, 2)
-    xyz = np.stack([ex[item] + ca * lx - sa * ly, ey[item] + sa * lx + ca * ly, shapes.xyz[item, 2] + scale[item] * lz])
+    ca, sa, (lx, ly, lz) = (np.cos(angle) * scale).take(who), (np.sin(angle) * scale).take(who), shapes.local.take(index, 2)
+    xyz = np.stack([ex.take(who) + ca * lx - sa * ly, ey.take(who) + sa * lx + ca * ly, shapes.xyz[item, 2] + scale.take(who) * lz])
     (ax, ay, az), (bx, by, bz) = xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 1]
     normal = np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
     some = np.flatnonzero(((eyes @ normal > (normal * xyz[:, 0]).sum(0)).any(0) | shapes.two_sided[index]) & (xyz[0].max(0) > eyes[:, 0].min()))
-    xyz, index, item, normal = xyz.take(some, 2), index[some], item[some], normal.take(some, 1)
-    sun_ego = np.array([c * sun[0] + s * sun[1], -s * sun[0] + c * sun[1], sun[2]])
-    facing = (sun_ego[:, None] * normal).sum(0) / np.maximum(np.sqrt((normal * normal).sum(0)), 1e-9)
+    xyz, frame, index, item, who, normal = xyz.take(some, 2), frame[some], index[some], item[some], who[some], normal.take(some, 1)
+    sun_ego = np.stack([c * sun[0] + s * sun[1], -s * sun[0] + c * sun[1], np.full_like(c, sun[2])])[..., 0]
+    facing = (sun_ego.take(frame, 1) * normal).sum(0) / np.maximum(np.sqrt((normal * normal).sum(0)), 1e-9)
     shade = np.where(shapes.billboard[item], .92, .70 + .38 * np.clip(facing, 0, 1))
     glow = shapes.glow[index]
     lit = shapes.rgb.take(index, 0) * np.where(glow, 1., shade * scene.light)[:, None]
-    fog = np.where(glow, 0, (1 - np.exp(-distance / HAZE_M))[item])[:, None]
-    return _Polygons(xyz, index, distance[item], np.clip(lit + fog * (haze - lit), 0, 255))
+    fog = np.where(glow, 0, (1 - np.exp(-distance / HAZE_M)).take(who))[:, None]
+    return _Polygons(np.searchsorted(frame, np.arange(len(steps) + 1)), xyz, index, distance.take(who), np.clip(lit + fog * (haze - lit), 0, 255))
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c018
 def clip_near(
@@ -219,14 +218,14 @@ def clip_near(
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c021
 @dataclass(frozen=True)
 class _Projected:
-    "What is visible of the polygons of one keyframe in the three images, one camera after the other."
-    first: Int[np.ndarray, " v+1"]         # where the pieces of each camera begin
-    polygon: Int[np.ndarray, " m"]         # column of `_Polygons`
-    pixels: Int[np.ndarray, "m 6 2"]       # supersampled OpenCV coordinates, 1/16 px
-    plane: Float[np.ndarray, "3 m"]        # 1/z = plane · (u, v, 1)
-    nearest: Float[np.ndarray, " m"]       # range of z [m]
-    farthest: Float[np.ndarray, " m"]
-    cut: dict                              # piece -> pixels of a polygon that was clipped
+    "What is visible of the polygons in the three images: pieces, one camera after the other, in each one keyframe after the other, from far to near."
+    first: Int[np.ndarray, "v k+1"]        # where the pieces of each camera and keyframe begin
+    index: Int[np.ndarray, " m"]           # row in Shapes
+    inverse: Float[np.ndarray, "5 m"]      # 1/z = the first three · (u, v, 1), and its range [1/m]
+    outlines: list                         # m times vertices, the last one repeated, which fills nothing more: supersampled OpenCV coordinates, 1/16 px
+    rgb: list
+    face: Int[np.ndarray, " f"]            # pieces with a class
+    small: list                            # their outlines on the grid of the final size, 1/32 px: u/2 - 1/4
 
 def _fixed(uv: np.ndarray) -> np.ndarray: return np.rint(np.clip((uv * SUPERSAMPLE - .5) * 16, -4e5, 4e5)).astype(np.int32)
 
@@ -239,7 +238,7 @@ def _project(polygons: _Polygons, shapes: Shapes, rig: tuple[Camera, ...]) -> _P
     "Project for every camera at once, clip, and cull early; axes are vertex, camera · polygon."
     R, t = np.stack([c.rotation for c in rig]), np.stack([c.translation for c in rig])[:, :, None]   # camera, row, column
     K, (w, h), N = rig[0].intrinsic, rig[0].size, len(polygons.index)
-    d = [(polygons.xyz[i][:, None] - t[:, i]).reshape(-1, len(rig) * N) for i in range(3)]
+    d = [(polygons.xyz[i][:, None] - t[:, i]).reshape(N_VERTICES, len(rig) * N) for i in range(3)]
     turned = lambda j, c: d[0] * R[c, 0, j] + d[1] * R[c, 1, j] + d[2] * R[c, 2, j]
     z = turned(2, np.repeat(np.arange(len(rig)), N))
     at = np.flatnonzero(z.max(0) > NEAR_M)
@@ -262,31 +261,26 @@ def _project(polygons: _Polygons, shapes: Shapes, rig: tuple[Camera, ...]) -> _P
         visible[i] = len(uv) > 2
         cut[i] = _fixed(uv)
     left = np.flatnonzero(visible)
+    first = np.searchsorted(at[left], np.arange(len(rig))[:, None] * N + polygons.first)
+    nearness = -(polygons.distance[n] + shapes.bias[polygons.index[n]])[left]
+    left = left[np.concatenate([a + np.argsort(nearness[a:b], kind='stable') for a, b in pairwise(first.ravel().tolist())])]
     nx, ny, nz, offset, nearest, farthest = (a[left] for a in (nx, ny, nz, offset, nearest, z.max(0)))
     plane = np.stack([nx / K[0, 0], ny / K[1, 1], nz - nx * (K[0, 2] / K[0, 0]) - ny * (K[1, 2] / K[1, 1])]) / np.where(np.abs(offset) < 1e-9, -1e-9, offset)
-    return _Projected(np.searchsorted(at[left], np.arange(len(rig) + 1) * N), n[left], _fixed(np.stack([u.T[left], v.T[left]], -1)), plane, np.maximum(nearest, NEAR_M), farthest,
-                      {i: cut[j] for i, j in enumerate(left.tolist()) if j in cut} if cut else {})
+    n, rgb = n[left], np.zeros((len(left), 4))
+    index, rgb[:, :3], pixels = polygons.index[n], np.rint(polygons.rgb[n]), _fixed(np.stack([u.T[left], v.T[left]], -1))
+    outlines, small, face = list(pixels), list(pixels - 8), shapes.label[index] >= 0
+    for i in np.flatnonzero(~whole[left]).tolist(): outlines[i], small[i] = cut[left[i]], cut[left[i]] - 8
+    return _Projected(first, index, np.stack([*plane, 1 / farthest, 1 / np.maximum(nearest, NEAR_M)]), outlines, rgb.tolist(), np.flatnonzero(face), list(compress(small, face.tolist())))
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c023
-def _paint(canvas: np.ndarray, faces: np.ndarray, polygons: _Polygons, shapes: Shapes, proj: _Projected) -> np.ndarray:
+def _paint(canvas: np.ndarray, faces: np.ndarray, proj: _Projected, frame: int) -> np.ndarray:
     "Draw one keyframe; returns the piece of `proj` behind each face number (1, 2, …)."
-    index, fill, plain = polygons.index[proj.polygon], cv2.fillConvexPoly, cv2.LINE_8
-    key, count, is_face = polygons.distance[proj.polygon] + shapes.bias[index], shapes.count[index], shapes.label[index] >= 0
-    rgb, drawn, number = np.zeros((len(index), 4), int), [], 0
-    rgb[:, :3] = np.rint(polygons.rgb[proj.polygon])
-    for c in range(len(canvas)):
-        first, last = proj.first[c:c + 2]
-        order = first + np.argsort(-key[first:last], kind='stable')
-        large, image, mask, face = proj.pixels[order], canvas[c], faces[c], is_face[order]
-        small = iter(large[face] - 8)              # the same points on the grid of the final size, 1/32 px: u/2 - 1/4
-        drawn.append(order[face])
-        for i, pts, m, colour, f in zip(order.tolist(), large, count[order].tolist(), rgb[order].tolist(), face.tolist()):
-            clipped = proj.cut.get(i)
-            fill(image, pts[:m] if clipped is None else clipped, colour, plain, 4)
-            if f:
-                number, half = number + 1, next(small)
-                fill(mask, half[:m] if clipped is None else clipped - 8, number, plain, 5)
-    return np.concatenate(drawn)
+    fill, drawn, pieces = cv2.fillConvexPoly, [], proj.first[:, frame:frame + 2]
+    for c, (a, b, i, j) in enumerate(np.c_[pieces, np.searchsorted(proj.face, pieces)].tolist()):
+        for _ in map(fill, repeat(canvas[:, c]), proj.outlines[a:b], proj.rgb[a:b], repeat(cv2.LINE_8), repeat(4)): pass
+        for _ in map(fill, repeat(faces[c]), proj.small[i:j], count(len(drawn) + 1), repeat(cv2.LINE_8), repeat(5)): pass
+        drawn += proj.face[i:j].tolist()
+    return np.array(drawn, int)
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c024
 @lru_cache(maxsize=8)
@@ -295,12 +289,12 @@ def _centres(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     _, v, u = np.indices(shape)
     return (u + .5).ravel(), (v + .5).ravel()
 
-def _annotate(faces: np.ndarray, drawn: np.ndarray, polygons: _Polygons, shapes: Shapes, proj: _Projected, depth: np.ndarray, labels: np.ndarray, instances: np.ndarray) -> None:
+def _annotate(faces: np.ndarray, drawn: np.ndarray, shapes: Shapes, proj: _Projected, depth: np.ndarray, labels: np.ndarray, instances: np.ndarray) -> None:
     "Depth, class and instance wherever a face was drawn."
-    at = np.flatnonzero(faces)
+    at = np.flatnonzero(faces > 0)
     if not len(at): return
-    number, (u, v), index = faces.ravel().take(at).astype(np.intp) - 1, _centres(faces.shape), polygons.index[proj.polygon[drawn]]
-    inverse, dv, rest, low, high = np.stack([*proj.plane[:, drawn], 1 / proj.farthest[drawn], 1 / proj.nearest[drawn]]).take(number, 1)
+    number, (u, v), index = faces.ravel().take(at).astype(np.intp) - 1, _centres(faces.shape), proj.index[drawn]
+    inverse, dv, rest, low, high = proj.inverse[:, drawn].take(number, 1)
     inverse *= u.take(at)
     dv *= v.take(at)
     inverse += dv
@@ -320,9 +314,10 @@ class Rendered:
     keyframes: Int[np.ndarray, " k"]           # which of the scene's keyframes
 
 @lru_cache(maxsize=4)
-def _noise(h: int, w: int) -> np.ndarray:
-    "Sensor noise of 2 grey levels, larger than an image so that each keyframe takes another part."
-    return np.rint(rng('sensor noise').normal(0, 2., (3 * h + 128, w + 64, 3))).astype(np.int8)
+def _noise(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+    "Sensor noise of 2 grey levels, larger than an image so that each keyframe takes another part: what to add and what to subtract."
+    noise = np.rint(rng('sensor noise').normal(0, 2., (3 * h + 128, w + 64, 3)))
+    return np.maximum(noise, 0).astype(np.uint8), np.maximum(-noise, 0).astype(np.uint8)
 
 def _sun(scene: Scene) -> np.ndarray:
     angle = rng('ground', scene.texture_seed).uniform(0, 2 * np.pi)
@@ -343,24 +338,29 @@ def render_scene(
     maps = [ground.affine(level) for level in range(len(ground.levels))]
     on_road = lambda p: ground.labels[tuple(np.clip(np.rint(maps[0] @ [*p, 1.])[::-1].astype(int), 0, np.array(ground.labels.shape) - 1))] != CLASS_ID['offroad']
     shapes, panorama, haze, sun = scene_shapes(scene, on_road), sky_panorama(scene, view.horizon), _haze(scene), _sun(scene)
-    noise, shift = _noise(h, w), rng('noise', scene.texture_seed).integers([128, 64], size=(len(steps), 2))
+    (brighter, darker), shift = _noise(h, w), rng('noise', scene.texture_seed).integers([128, 64], size=(len(steps), 2))
     k = len(chosen)
     out = Rendered(np.empty((k, 3, h, w, 3), np.uint8), np.broadcast_to(view.depth, (k, 3, h, w)).copy(), np.zeros((k, 3, h, w), np.uint8), np.full((k, 3, h, w), -1, np.int16), chosen)
-    canvas = np.zeros((3, h * s, w * s, 4), np.uint8)
-    sky, hazes = canvas.view(np.uint32)[..., 0][:, :view.horizon], _band_haze(view, haze)
-    for i, (frame, items) in enumerate(zip(chosen, _item_states(scene, shapes, steps[chosen]))):
-        pose = scene.ego[steps[frame], :3]
-        sky[:] = panorama[int(np.floor(pose[2] / (2 * np.pi) * _SKY_COLUMNS)) % _SKY_COLUMNS:].take(view.sky_index)
-        _draw_ground(canvas, view, ground, maps, pose, hazes)
-        out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, maps, pose)
-        polygons = _polygons(scene, shapes, view.rig, int(steps[frame]), items, sun, haze)
-        if len(polygons.index):
-            proj, faces = _project(polygons, shapes, view.rig), np.zeros((3, h, w), np.uint16)
-            drawn = _paint(canvas, faces, polygons, shapes, proj)
-            _annotate(faces, drawn, polygons, shapes, proj, out.depth[i], out.labels[i], out.instances[i])
-        small = cv2.resize(canvas.reshape(3 * h * s, w * s, 4), (w, 3 * h), interpolation=cv2.INTER_AREA)
+    canvas, small = np.zeros((h * s, 3, w * s, 4), np.uint8), np.empty((3, h, w, 4), np.uint8)
+    wide = canvas.reshape(h * s, -1, 4)
+    sky, far = wide.view(np.uint32)[:view.horizon, :, 0], _far_haze(view, haze)
+    items, poses = _item_states(scene, shapes, steps[chosen]), scene.ego[steps[chosen], :3]
+    turned = list(zip(*(_to_raster(A, poses) for A in maps)))
+    starts = (np.floor(poses[:, 2] / (2 * np.pi) * _SKY_COLUMNS).astype(int) % _SKY_COLUMNS).tolist()
+    for i, frame in enumerate(chosen):
+        if (j := i % _AT_ONCE) == 0:
+            some = slice(i, i + _AT_ONCE)
+            proj = _project(_polygons(scene, shapes, view.rig, steps[chosen[some]], [a[some] for a in items], sun, haze), shapes, view.rig)
+        panorama[starts[i]:].take(view.sky_index, out=sky, mode='clip')
+        _draw_ground(wide, view, ground, turned[i], far)
+        out.labels[i, :, h - view.label_xy[0].shape[0] // 3:] = _ground_labels(view, ground, turned[i])
+        faces = np.zeros((3, h, w), np.uint16)
+        drawn = _paint(canvas, faces, proj, j)
+        _annotate(faces, drawn, shapes, proj, out.depth[i], out.labels[i], out.instances[i])
+        for c in range(3): cv2.resize(canvas[:, c], size, small[c], interpolation=cv2.INTER_AREA)
         y, x = shift[frame]
-        cv2.add(cv2.cvtColor(small, cv2.COLOR_BGRA2BGR), noise[y:y + 3 * h, x:x + w], out.images[i].reshape(3 * h, w, 3), dtype=cv2.CV_8U)
+        image = cv2.add(cv2.cvtColor(small.reshape(3 * h, w, 4), cv2.COLOR_BGRA2BGR), brighter[y:y + 3 * h, x:x + w])
+        cv2.subtract(image, darker[y:y + 3 * h, x:x + w], out.images[i].reshape(3 * h, w, 3))
     return out
 
 # %% ../../nbs/10_world/55_rasteriser.ipynb #c047
@@ -383,13 +383,13 @@ def stitch_sprite(
     road = Road('none', {}, [], [], [], [], [], [], [])
     scene = Scene('sprite', 'train', 'boston-seaport', 0, road, np.zeros(1), np.zeros((1, 7)), [agent], np.zeros((1, 0), np.int8), [], (), np.zeros(1, np.int8), light, 0)
     shapes, (h, w), s = scene_shapes(scene), image.shape[:2], SUPERSAMPLE
-    polygons = _polygons(scene, shapes, (camera,), 0, next(_item_states(scene, shapes, np.zeros(1, int))), _sun(scene), _haze(scene))
-    canvas = np.zeros((1, h * s, w * s, 4), np.uint8)
-    canvas[0, ..., :3] = image.repeat(s, 0).repeat(s, 1)
+    step = np.zeros(1, int)
+    proj = _project(_polygons(scene, shapes, (camera,), step, _item_states(scene, shapes, step), _sun(scene), _haze(scene)), shapes, (camera,))
+    canvas = np.zeros((h * s, 1, w * s, 4), np.uint8)
+    canvas[:, 0, :, :3] = image.repeat(s, 0).repeat(s, 1)
     faces, d, labels, instances = np.zeros((1, h, w), np.uint16), np.zeros((1, h, w), np.float16), np.zeros((1, h, w), np.uint8), np.full((1, h, w), -1, np.int16)
-    proj = _project(polygons, shapes, (camera,))
-    _annotate(faces, _paint(canvas, faces, polygons, shapes, proj), polygons, shapes, proj, d, labels, instances)
-    out, body = cv2.resize(canvas[0], (w, h), interpolation=cv2.INTER_AREA)[..., :3].copy(), faces[0] > 0
+    _annotate(faces, _paint(canvas, faces, proj, 0), shapes, proj, d, labels, instances)
+    out, body = cv2.resize(canvas[:, 0], (w, h), interpolation=cv2.INTER_AREA)[..., :3].copy(), faces[0] > 0
     if depth is not None:
         hidden = body & (depth > 0) & (depth < d[0] - .3)
         out[hidden], body = image[hidden], body & ~hidden

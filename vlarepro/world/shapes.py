@@ -27,12 +27,11 @@ LEFT_ON, RIGHT_ON = 2, 3   # states of the indicator, beside those of the item
 FAR_M = 90.           # nothing is drawn beyond this distance
 WALL_BIAS_M = 2.      # walls are sorted this much farther than their centre: what stands before a wall is drawn later
 Number = float | int
-_PADDED = {n: np.minimum(np.arange(N_VERTICES), n - 1) for n in (3, 4, 5, 6)}
 
 @dataclass
 class Parts:
     "Polygons under construction; every polygon belongs to the item added last."
-    local: list = field(default_factory=list)    # (m, 6, 3) item frame [m]
+    local: list = field(default_factory=list)    # (vertices, 3) of one or more polygons, item frame [m]
     count: list = field(default_factory=list)    # vertices
     item: list = field(default_factory=list)
     rgb: list = field(default_factory=list)
@@ -60,18 +59,21 @@ class Parts:
 
     def _add(self, xyz, rgb, label, when, reach_m, glow, two_sided, bias_m):
         xyz = np.asarray(xyz, float)
-        self.local.append(xyz[None, _PADDED[len(xyz)]])
+        self.local.append(xyz)
         for column, value in zip((self.count, self.item, self.rgb, self.label, self.when, self.reach, self.glow, self.two_sided, self.bias),
                                  (len(xyz), len(self.items) - 1, rgb, label, when, reach_m, glow, two_sided, bias_m)): column.append(value)
         return xyz
 
-    def panel(self, quads: np.ndarray, rgb: np.ndarray, reach_m: list) -> None:
-        "Several quadrilaterals at once: the first is a face, the others details in it."
-        n = len(quads)
-        self.local.append(quads[:, _PADDED[4]])
-        self.rgb.extend(rgb); self.reach.extend(reach_m)
-        for column, value in zip((self.count, self.item, self.when, self.glow, self.two_sided, self.bias), (4, len(self.items) - 1, ALWAYS, False, False, WALL_BIAS_M)): column.extend([value] * n)
-        self.label.extend([self.classes[-1]] + [-1] * (n - 1))
+    def panels(self, source: str, index: int, xyz: Float[np.ndarray, "n 3"], yaw_rad: Number, kind: str, quads: Float[np.ndarray, "n m 4 3"], rgb: Float[np.ndarray, "n m 3"], reach_m: list) -> None:
+        "Several items of m quadrilaterals each: the first is a face, the others details in it."
+        n, m = quads.shape[:2]
+        self.items += [(source, index, *at, float(yaw_rad), False, -1) for at in xyz.tolist()]
+        self.classes += [CLASS_ID[kind]] * n
+        self.local.append(quads.reshape(-1, 3))
+        self.rgb += rgb.reshape(-1, 3).tolist(); self.reach += reach_m * n
+        self.item += [i for i in range(len(self.items) - n, len(self.items)) for _ in range(m)]
+        self.label += [CLASS_ID[kind], *[-1] * (m - 1)] * n
+        for column, value in zip((self.count, self.when, self.glow, self.two_sided, self.bias), (4, ALWAYS, False, False, WALL_BIAS_M)): column += [value] * (n * m)
 
 # %% ../../nbs/10_world/54_shapes.ipynb #c008
 def box_faces(
@@ -106,14 +108,11 @@ def inset(face: np.ndarray, u0: Number, u1: Number, v0: Number, v1: Number) -> n
     "A quadrilateral inside a face: u from its left edge, v from its bottom."
     return np.array(_weights(u0, u1, v0, v1)) @ face
 
-_HEXAGON = (lambda a: (np.cos(a), np.sin(a)))(np.arange(6) * np.pi / 3 + np.pi / 6)
+_HEXAGON = (lambda u, z: {k: np.stack(a, -1) for k, a in {'x': (0 * u, u, z), '-y': (u, 0 * u, z), '+y': (-u, 0 * u, z)}.items()})(*(f(np.arange(6) * np.pi / 3 + np.pi / 6) for f in (np.cos, np.sin)))
 
 def disc(centre, radius: Number, axis: str = 'x', stretch: Number = 1.) -> np.ndarray:  # (6, 3)
     "A hexagon that faces +x, or ±y ('+y', '-y')."
-    out, u = np.zeros((6, 3)), radius * _HEXAGON[0]
-    out[:, 1 if axis == 'x' else 0] = -u if axis == '+y' else u
-    out[:, 2] = radius * _HEXAGON[1] * stretch
-    return np.asarray(centre, float) + out
+    return _HEXAGON[axis] * radius * (1, 1, stretch) + centre
 
 def upright(y0: Number, y1: Number, z0: Number, z1: Number, top: Number = 1.) -> np.ndarray:  # (4, 3)
     "A rectangle that faces +x; `top` narrows its upper edge."
@@ -272,18 +271,16 @@ def building(p: Parts, index: int, prop) -> None:
     parts = [(0, 1, 0, 1), (0, 1, 0, .9 / h), (0, 1, 1 - .5 / h, 1)]
     parts += [(u, u + .3, (k + .38) / floors, (k + .8) / floors) for k in range(floors) for u in (.14, .56)]
     W, reach = _corners(parts), [FAR_M, 50., 60.] + [45.] * (2 * floors)
-    c, s = np.cos(prop.yaw_rad), np.sin(prop.yaw_rad)
-    for name, f in box_faces((-l / 2, l / 2, -w / 2, w / 2), 0, h).items():
-        if name == 'top': continue
-        n = max(1, round(float(np.hypot(*(f[1] - f[0])[:2])) / 5))
-        tones, panes = gen.uniform(.82, 1.16, n), gen.uniform(.7, 1.4, (n, 2 * floors))
-        panels = _strips(n) @ f
-        centres = panels.mean(1) * [1, 1, 0]
-        quads = W @ (panels - centres[:, None])[:, None]                     # panel, part, corner, xyz
-        rgb = np.concatenate([tones[:, None, None] * base * [[1.], [.62], [.8]], panes[..., None] * glass], 1)
-        for (x, y, _), q, colours in zip(centres.tolist(), quads, rgb):
-            p.open('prop', index, (prop.xyz[0] + c * x - s * y, prop.xyz[1] + s * x + c * y, prop.xyz[2]), prop.yaw_rad, 'building')
-            p.panel(q, colours, reach)
+    faces, sides = box_faces((-l / 2, l / 2, -w / 2, w / 2), 0, h), []
+    for name, length in (('rear', w), ('front', w), ('left', l), ('right', l)):
+        n = max(1, round(length / 5))
+        sides.append((gen.uniform(.82, 1.16, n), gen.uniform(.7, 1.4, (n, 2 * floors)), _strips(n) @ faces[name]))
+    tones, panes, panels = (np.concatenate(a) for a in zip(*sides))
+    centres = panels.mean(1) * [1, 1, 0]
+    quads = W @ (panels - centres[:, None])[:, None]                         # panel, part, corner, xyz
+    rgb = np.concatenate([tones[:, None, None] * base * [[1.], [.62], [.8]], panes[..., None] * glass], 1)
+    (x, y, _), (x0, y0, z0), c, s = centres.T, prop.xyz, np.cos(prop.yaw_rad), np.sin(prop.yaw_rad)
+    p.panels('prop', index, np.stack([x0 + c * x - s * y, y0 + s * x + c * y, np.full(len(x), z0)], -1), prop.yaw_rad, 'building', quads, rgb, reach)
 
 def plant(p: Parts, index: int, prop) -> None:
     "A tree (trunk and three crowns) or a bush."
@@ -408,10 +405,12 @@ def shapes_table(p: Parts) -> Shapes:
     column = lambda j, kind: np.array([it[j] for it in items], kind)
     index_of = lambda source: np.array([it[1] if it[0] == source else -1 for it in items], int)
     f = lambda a, kind, shape=(-1,): np.array(a, kind).reshape(shape)
-    local = np.concatenate(p.local).astype(np.float32) if p.local else np.zeros((0, N_VERTICES, 3), np.float32)
+    count = f(p.count, int)
+    vertex = (np.cumsum(count) - count)[:, None] + np.minimum(np.arange(N_VERTICES), count[:, None] - 1)
+    local = np.concatenate([np.zeros((0, 3)), *p.local]).astype(np.float32)[vertex]
     radius = np.zeros(len(items))
     np.maximum.at(radius, p.item, np.hypot(local[..., 0], local[..., 1]).max(1))
-    return Shapes(np.ascontiguousarray(local.T), f(p.count, int), f(p.item, int), f(p.rgb, np.float32, (-1, 3)), f(p.label, int), f(p.when, int),
+    return Shapes(np.ascontiguousarray(local.T), count, f(p.item, int), f(p.rgb, np.float32, (-1, 3)), f(p.label, int), f(p.when, int),
                   f(p.reach, np.float32), f(p.glow, bool), f(p.two_sided, bool), f(p.bias, np.float32), np.array([it[2:5] for it in items], float).reshape(-1, 3),
                   column(5, float), column(6, bool), column(7, int), index_of('agent'), index_of('signal'), index_of('beacon'), radius)
 

@@ -111,8 +111,6 @@ def next_accel(
     if gap < 1e3:
         star = d.gap_m + max(0., v * d.headway_s + v * (v - v_lead) / (2 * sqrt(d.accel_mps2 * d.brake_mps2)))
         want = min(want, d.accel_mps2 * (1 - (star / max(gap, .1)) ** 2))
-        room = max(gap - .8 * d.gap_m, .2)
-        if v > v_lead: want = min(want, max(want, -(v * v - v_lead * v_lead) / (2 * room) - .3))
     if stop_gap < 1e3:
         need = v * v / (2 * max(stop_gap, .15))
         if need > .55 * d.brake_mps2 or stop_gap < 3: want = min(want, -need)

@@ -175,9 +175,9 @@ def _give_way_events(run: Run, cars: list[Car], agent) -> list[Event]:
 
 def make_beacons(crosswalks: list[np.ndarray], way: Way, people: list[Person], walk_steps: list) -> list[Beacon]:
     "A pair at each crosswalk where somebody waits, towards the ego; on from `SIGNALS_S` before they step out until they are over."
-    out = []
+    out, reach = [], [shapely.Polygon(c).buffer(1.5) for c in crosswalks] if people else []
     for p, k in zip(people, walk_steps):
-        if not any(shapely.Polygon(c).buffer(1.5).contains(shapely.Point((p.start + p.end) / 2)) for c in crosswalks): continue
+        if not any(shapely.contains_xy(r, *(p.start + p.end) / 2) for r in reach): continue
         over, on = p.end - p.start, np.zeros(N_STEPS, bool)
         length, heading = float(np.hypot(*over)), way.path.xyh[min(int(p.walker.s / PATH_STEP_M), len(way.path.xyh) - 1), 2]
         if k is not None: on[max(0, k - round(SIGNALS_S / DT_S)):k + round(length / p.speed_mps / DT_S)] = True
@@ -247,22 +247,26 @@ def runs_at_somebody(
     me, speed = ego_agent(ego).track, ego[:, 3:4]
     way = np.stack([np.cos(ego[:, 2]), np.sin(ego[:, 2])], -1)
     near = [a for a in agents if a.valid.any()]
+    if not near: return False
+    track, valid = np.stack([a.track for a in near]), np.stack([a.valid for a in near])
     for f in (3, 6, 9):
         boxes = box_corners(me[:-f, :2] + speed[:-f] * f * DT_S * way[:-f], me[:-f, 2], LARGE_LWH[0] + grow_m, LARGE_LWH[1] + grow_m)
-        for a in near:
-            d = a.track[f:, :2] - ego[:-f, :2]
-            along, dist = (d * way[:-f]).sum(1), np.hypot(d[:, 0], d[:, 1])
-            ask = a.valid[f:] & (dist < 14 + ego[:-f, 3]) & (ego[:-f, 3] > .3) & (along > np.where(inside[:-f], -.86, .84) * dist)
+        dx, dy = track[:, f:, 0] - ego[:-f, 0], track[:, f:, 1] - ego[:-f, 1]
+        along, dist = dx * way[:-f, 0] + dy * way[:-f, 1], np.hypot(dx, dy)
+        asked = valid[:, f:] & (dist < 14 + ego[:-f, 3]) & (ego[:-f, 3] > .3) & (along > np.where(inside[:-f], -.86, .84) * dist)
+        for a, ask in zip(near, asked):
             if ask.any() and boxes_overlap(boxes[ask], box_corners(a.track[f:][ask, :2], a.track[f:][ask, 2], *a.size_lwh[:2])).any(): return True
     return False
 
 def stays_on_pavement(ego: Float[np.ndarray, "t 7"], drivable: list[np.ndarray], grow_m: float = .5) -> bool:
     "Whether the corners of the large car are on the drivable area at every second step."
-    paved = shapely.union_all(shapely.buffer([shapely.Polygon(p) for p in drivable], .02))
-    shapely.prepare(paved)
     me = ego_agent(ego).track[::2]
     corners = box_corners(me[:, :2], me[:, 2], LARGE_LWH[0] + grow_m, LARGE_LWH[1] + grow_m)
-    return bool(shapely.contains_xy(paved, corners[..., 0].ravel(), corners[..., 1].ravel()).all())
+    x, y = corners.reshape(-1, 2).T
+    paved = np.array([shapely.Polygon(p) for p in drivable])
+    shapely.prepare(paved)
+    out = ~shapely.contains_xy(paved[:, None], x, y).any(0)
+    return not out.any() or bool(shapely.contains_xy(shapely.union_all(shapely.buffer(paved, .02)), x[out], y[out]).all())  # on a joint
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c021
 ATTEMPTS = 12

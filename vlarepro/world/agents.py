@@ -186,11 +186,20 @@ def touching(
     a: Agent, b: Agent, grow_m: float = 0.,
 ) -> bool:
     "Whether two agents ever overlap while both are there."
-    near = a.valid & b.valid & (np.hypot(*(a.track[:, :2] - b.track[:, :2]).T) < (a.size_lwh[0] + b.size_lwh[0]) / 2 + 1 + grow_m)
-    if not near.any(): return False
-    ca = box_corners(a.track[near, :2], a.track[near, 2], a.size_lwh[0] + grow_m, a.size_lwh[1] + grow_m)
-    cb = box_corners(b.track[near, :2], b.track[near, 2], b.size_lwh[0], b.size_lwh[1])
-    return bool(boxes_overlap(ca, cb).any())
+    return _touching_any([a], b, grow_m)
+
+def _touching_any(
+    others: list[Agent], b: Agent, grow_m: float = 0.,
+) -> bool:
+    "Whether an agent ever overlaps any of the others."
+    if not others: return False
+    track, size = np.stack([a.track for a in others]), np.stack([a.size_lwh for a in others])
+    near = np.hypot(track[..., 0] - b.track[:, 0], track[..., 1] - b.track[:, 1]) < ((size[:, 0] + b.size_lwh[0]) / 2 + 1 + grow_m)[:, None]
+    i, k = np.nonzero(near & np.stack([a.valid for a in others]) & b.valid)
+    if not len(i): return False
+    ca = box_corners(track[i, k, :2], track[i, k, 2], size[i, 0] + grow_m, size[i, 1] + grow_m)
+    cb = box_corners(b.track[:, :2], b.track[:, 2], b.size_lwh[0], b.size_lwh[1])
+    return bool(boxes_overlap(ca, cb[k]).any())
 
 def _reach(a: Agent, grow_m: float = 0.) -> tuple[float, float, float, float]:
     "A rectangle (x from, to, y from, to) that an agent's body never leaves."
@@ -207,6 +216,6 @@ def without_contact(
     for agent in agents[keep:]:
         x0, x1, y0, y1 = _reach(agent)
         apart = lambda b: b[0] > x1 or b[1] < x0 or b[2] > y1 or b[3] < y0  # noqa: B023
-        if any(not apart(b) and touching(other, agent, grow_m) for other, b in zip(kept, reach)): continue
+        if _touching_any([other for other, b in zip(kept, reach) if not apart(b)], agent, grow_m): continue
         kept.append(agent); reach.append(_reach(agent, grow_m))
     return kept

@@ -60,7 +60,8 @@ def strip(
     right_m: float | Float[np.ndarray, "n"],
 ) -> Float[np.ndarray, "m 2"]:  # left side in driving direction, then right side back
     "Polygon between two parallels of a line."
-    return np.concatenate([offset_line(line, left_m)[:, :2], offset_line(line, np.negative(right_m))[::-1, :2]])
+    x, y, s, c = line[:, 0], line[:, 1], np.sin(line[:, 2]), np.cos(line[:, 2])
+    return np.concatenate([np.stack([x - s * left_m, y + c * left_m], 1), np.stack([x + s * right_m, y - c * right_m], 1)[::-1]])
 
 # %% ../../nbs/10_world/10_roads.ipynb #c011
 def smooth_step(

@@ -248,14 +248,14 @@ def runs_at_somebody(
     way = np.stack([np.cos(ego[:, 2]), np.sin(ego[:, 2])], -1)
     near = [a for a in agents if a.valid.any()]
     if not near: return False
-    track, valid = np.stack([a.track for a in near]), np.stack([a.valid for a in near])
+    track, valid, size = (np.stack([getattr(a, name) for a in near]) for name in ('track', 'valid', 'size_lwh'))
     for f in (3, 6, 9):
         boxes = box_corners(me[:-f, :2] + speed[:-f] * f * DT_S * way[:-f], me[:-f, 2], LARGE_LWH[0] + grow_m, LARGE_LWH[1] + grow_m)
         dx, dy = track[:, f:, 0] - ego[:-f, 0], track[:, f:, 1] - ego[:-f, 1]
         along, dist = dx * way[:-f, 0] + dy * way[:-f, 1], np.hypot(dx, dy)
         asked = valid[:, f:] & (dist < 14 + ego[:-f, 3]) & (ego[:-f, 3] > .3) & (along > np.where(inside[:-f], -.86, .84) * dist)
-        for a, ask in zip(near, asked):
-            if ask.any() and boxes_overlap(boxes[ask], box_corners(a.track[f:][ask, :2], a.track[f:][ask, 2], *a.size_lwh[:2])).any(): return True
+        i, k = np.nonzero(asked)
+        if len(i) and boxes_overlap(boxes[k], box_corners(track[i, k + f, :2], track[i, k + f, 2], size[i, 0], size[i, 1])).any(): return True
     return False
 
 def stays_on_pavement(ego: Float[np.ndarray, "t 7"], drivable: list[np.ndarray], grow_m: float = .5) -> bool:

@@ -162,12 +162,12 @@ _SIGNS = np.array([[1, 1, -1, -1], [1, -1, -1, 1]])
 def box_corners(
     xy: Float[np.ndarray, "*b 2"],   # box centre, any frame [m]
     yaw_rad: Float[np.ndarray, "*b"],
-    length_m: float,
-    width_m: float,
+    length_m: float | Float[np.ndarray, "*b"],
+    width_m: float | Float[np.ndarray, "*b"],
 ) -> Float[np.ndarray, "*b 4 2"]:    # front left, front right, rear right, rear left [m]
     "Corners of oriented boxes."
     xy, yaw = np.asarray(xy, float), np.asarray(yaw_rad, float)
-    x, y = _SIGNS * [[length_m / 2], [width_m / 2]]
+    x, y = (sign * (np.asarray(size)[..., None] / 2) for sign, size in zip(_SIGNS, (length_m, width_m)))
     c, s = np.cos(yaw)[..., None], np.sin(yaw)[..., None]
     return np.stack([xy[..., :1] + (c * x - s * y), xy[..., 1:] + (s * x + c * y)], -1)
 

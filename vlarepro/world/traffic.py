@@ -34,8 +34,9 @@ def make_way(
     for i in ids[:-1]:
         line = lanes[i].centerline
         s += float(np.hypot(*np.diff(line[:, :2], axis=0).T).sum())
-        k = np.arange(max(0, int((s - 9) / PATH_STEP_M)), min(len(path.xyh), int((s + 9) / PATH_STEP_M) + 1))
-        s = float(k[np.argmin(((path.xyh[k, :2] - line[-1, :2]) ** 2).sum(1))]) * PATH_STEP_M if len(k) else s
+        first = max(0, int((s - 9) / PATH_STEP_M))
+        near = path.xyh[first:max(0, int((s + 9) / PATH_STEP_M) + 1), :2]
+        s = float(first + np.argmin(((near - line[-1, :2]) ** 2).sum(1))) * PATH_STEP_M if len(near) else s
         begin.append(s)
     return Way(path, tuple(ids), (*begin, path.length_m))
 

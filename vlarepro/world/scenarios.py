@@ -12,7 +12,7 @@ import numpy as np
 import shapely
 from jaxtyping import Float, Int8
 
-from .agents import PATH_STEP_M, crossing_track, looks, standing_track, strolling_track, touching, vehicle_track, without_contact
+from .agents import PATH_STEP_M, contacts, crossing_track, looks, standing_track, strolling_track, vehicle_track, without_contact
 from .expert import Passing, ego_states, quintic
 from .layouts import Layout, build_layout
 from .population import (MIXTURE, Car, Mixture, Person, Plan, cross_traffic, cruise, detour_conflicts, ego_way, fill_slots,
@@ -133,7 +133,7 @@ def _agents(plan: Plan, ego: np.ndarray, rows: list[tuple], n_main: int) -> tupl
     fixtures = [Agent(-1, f.category, np.asarray(f.size_lwh, float), (track := standing_track(f.pose)), visible(ego, track, always), f.color, ~always)
                 for f in plan.layout.road.fixtures]
     fixtures = [f for f in fixtures if f.valid.any()]
-    if any(touching(me, a, .4) for a in made[:n_main]) or any(touching(me, f, .1) for f in fixtures): return None
+    if contacts([me], made[:n_main], .4).any() or contacts([me], fixtures, .1).any(): return None
     kept = without_contact([me, *made], keep=1, grow_m=.8)[1:]
     checked = without_contact([*fixtures, *kept], keep=len(fixtures), grow_m=.1)[len(fixtures):]
     if {a.id for a in made[:n_main] if a.valid.any()} - {a.id for a in checked}: return None

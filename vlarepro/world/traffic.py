@@ -373,7 +373,7 @@ def _stop_gap(world: _World, car: _Body, k: int, gap: float) -> float:
     waits = 0
     for c in car.conflicts:
         room = c.wait_s - s
-        if -.6 < room < min(stop, 40.) and v * v < 2 * 3.6 * max(room, .05) and world.cars[c.other].on and car.blocked(c, world.cars):
+        if -.6 < room < 40. and room < stop and v * v < 2 * 3.6 * max(room, .05) and world.cars[c.other].on and car.blocked(c, world.cars):
             stop, waits = room, c.other
     if car.i == 0:
         car.waits.append(waits or (car.merging if car.a < -.2 else 0))

@@ -151,10 +151,9 @@ def vehicle_track(
     left_m: float | Float[np.ndarray, "t"] = 0.,
 ) -> Float[np.ndarray, "t 4"]:      # x, y, yaw, speed of the box centre
     "World track of a vehicle: the box hangs between two points of the path, so it turns in like a car does, and points to where it shifts."
-    front, rear = path.at(s - .15 * length_m, left_m), path.at(s - .8 * length_m, left_m)
+    front, rear, center = path.at(np.stack([s - share * length_m for share in (.15, .8, .5)]), left_m)
     yaw = np.unwrap(np.arctan2(front[..., 1] - rear[..., 1], front[..., 0] - rear[..., 0]))
     if np.ndim(left_m): yaw = yaw + np.clip(np.arctan2(np.gradient(left_m, DT_S), np.maximum(v, 1.5)), -.5, .5)
-    center = path.at(s - .5 * length_m, left_m)
     return np.stack([center[..., 0], center[..., 1], yaw, v], -1)
 
 def standing_track(pose: np.ndarray, n_steps: int = N_STEPS) -> Float[np.ndarray, "t 4"]:

@@ -61,7 +61,8 @@ def strip(
 ) -> Float[np.ndarray, "m 2"]:  # left side in driving direction, then right side back
     "Polygon between two parallels of a line."
     x, y, s, c = line[:, 0], line[:, 1], np.sin(line[:, 2]), np.cos(line[:, 2])
-    return np.concatenate([np.stack([x - s * left_m, y + c * left_m], 1), np.stack([x + s * right_m, y - c * right_m], 1)[::-1]])
+    around = lambda left, right: np.concatenate([left, right[::-1]])
+    return np.stack([around(x - s * left_m, x + s * right_m), around(y + c * left_m, y - c * right_m)], 1)
 
 # %% ../../nbs/10_world/10_roads.ipynb #c011
 def smooth_step(

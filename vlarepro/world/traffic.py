@@ -180,6 +180,7 @@ class _Graph:
     "What the pairs need to know of a road, computed once."
     def __init__(self, road: Road):
         self.road, self.meetings = road, {}
+        self.parting = {i: {k for p in lane.predecessors for k in road.lanes[p].successors} - {i} for i, lane in road.lanes.items()}
         self.line, self.lamp = {}, {}   # lane -> distance of its stop line before its end, its kind; lane -> signal
         for stop in road.stop_lines:
             for i in stop.lanes:
@@ -206,7 +207,7 @@ def _following(graph: _Graph, mine: tuple, ways: tuple[Way, Way]) -> list | None
         if lane in at: row = at[lane] - b, -1e9, 1e9, -1., 0.
         elif lane is not None:
             for mate in at:  # the same predecessor: it is still in my way until the lanes are apart
-                if mate != lane and set(lanes[mate].predecessors) & set(lanes[lane].predecessors) and (m := graph.meeting(mate, lane)):
+                if mate in graph.parting[lane] and (m := graph.meeting(mate, lane)):
                     row = at[mate] - b, -1e9, b + m.b[1] * (e - b), -1., 0.
             after = other.lanes[j + 1] if j + 1 < n else None
             later = other.lanes[j + 2] if j + 2 < n else None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATH_STEP_M', 'SIZES_LWH', 'Path', 'make_path', 'speed_profile', 'Driver', 'next_accel', 'looks', 'vehicle_track',
-           'standing_track', 'crossing_track', 'strolling_track', 'touching', 'without_contact']
+           'standing_track', 'crossing_track', 'strolling_track', 'contacts', 'touching', 'without_contact']
 
 # %% ../../nbs/10_world/20_agents.ipynb #c003
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from math import sqrt
 
 import numpy as np
 from fastcore.basics import patch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from .scene import DT_S, N_STEPS, Agent, box_corners, boxes_overlap
 
@@ -107,22 +107,22 @@ def next_accel(
     d: Driver,
 ) -> float:
     "Acceleration of the next step."
-    want = min(d.accel_mps2, a_ref + 1.1 * (v_ref - v))
+    want, most = a_ref + 1.1 * (v_ref - v), d.accel_mps2
+    if want > most: want = most
     if gap < 1e3:
-        star = d.gap_m + max(0., v * d.headway_s + v * (v - v_lead) / (2 * sqrt(d.accel_mps2 * d.brake_mps2)))
-        want = min(want, d.accel_mps2 * (1 - (star / max(gap, .1)) ** 2))
-        room = max(gap - .8 * d.gap_m, .2)
-        if v > v_lead: want = min(want, max(want, -(v * v - v_lead * v_lead) / (2 * room) - .3))
+        star = d.gap_m + max(0., v * d.headway_s + v * (v - v_lead) / (2 * sqrt(most * d.brake_mps2)))
+        want = min(want, most * (1 - (star / max(gap, .1)) ** 2))
     if stop_gap < 1e3:
         need = v * v / (2 * max(stop_gap, .15))
         if need > .55 * d.brake_mps2 or stop_gap < 3: want = min(want, -need)
         want = min(want, 1.3 * (sqrt(1.6 * d.brake_mps2 * max(stop_gap, 0.)) - v))  # never gather speed towards a closed line
         if stop_gap < .4 and v < .6: want = min(want, -.5)
-    want = max(-d.hardest_mps2, want)
-    step = .45 * (want - a)
-    most, least = (d.release_mps3 if a < 0 else d.jerk_mps3) * DT_S, -d.jerk_mps3 * DT_S
-    a += most if step > most else least if step < least else step
-    return max(a, -(.3 + 1.4 * v))  # let go of the brake before standing still
+    hardest, jerk = -d.hardest_mps2, d.jerk_mps3 * DT_S
+    step = .45 * ((want if want > hardest else hardest) - a)
+    most = d.release_mps3 * DT_S if a < 0 else jerk
+    a += most if step > most else -jerk if step < -jerk else step
+    least = -(.3 + 1.4 * v)
+    return a if a > least else least  # let go of the brake before standing still
 
 # %% ../../nbs/10_world/20_agents.ipynb #c018
 SIZES_LWH = {
@@ -151,10 +151,9 @@ def vehicle_track(
     left_m: float | Float[np.ndarray, "t"] = 0.,
 ) -> Float[np.ndarray, "t 4"]:      # x, y, yaw, speed of the box centre
     "World track of a vehicle: the box hangs between two points of the path, so it turns in like a car does, and points to where it shifts."
-    front, rear = path.at(s - .15 * length_m, left_m), path.at(s - .8 * length_m, left_m)
+    front, rear, center = path.at(np.stack([s - share * length_m for share in (.15, .8, .5)]), left_m)
     yaw = np.unwrap(np.arctan2(front[..., 1] - rear[..., 1], front[..., 0] - rear[..., 0]))
     if np.ndim(left_m): yaw = yaw + np.clip(np.arctan2(np.gradient(left_m, DT_S), np.maximum(v, 1.5)), -.5, .5)
-    center = path.at(s - .5 * length_m, left_m)
     return np.stack([center[..., 0], center[..., 1], yaw, v], -1)
 
 def standing_track(pose: np.ndarray, n_steps: int = N_STEPS) -> Float[np.ndarray, "t 4"]:
@@ -184,20 +183,33 @@ def strolling_track(pose: np.ndarray, speed_mps: float, n_steps: int = N_STEPS) 
     return np.stack([pose[0] + d * np.cos(h), pose[1] + d * np.sin(h), np.full(n_steps, h), np.full(n_steps, speed_mps)], 1)
 
 # %% ../../nbs/10_world/20_agents.ipynb #c025
+def contacts(
+    a: list[Agent], b: list[Agent], grow_m: float = 0.,
+    asked: Bool[np.ndarray, "n m"] | bool = True,   # pairs that matter
+) -> Bool[np.ndarray, "n m"]:
+    "Whether two agents, the first one grown, ever overlap while both are there."
+    out = np.zeros((len(a), len(b)), bool)
+    if not out.size: return out
+    (ta, sa, va), (tb, sb, vb) = ([np.stack([getattr(x, name) for x in some]) for name in ('track', 'size_lwh', 'valid')] for some in (a, b))
+    (xa, low_a, high_a), (xb, low_b, high_b) = (_reach(t, s[:, :1] / 2 + 1 + grow_m / 2) for t, s in ((ta, sa), (tb, sb)))
+    i, j = np.nonzero(asked & ((low_a[:, None] <= high_b) & (low_b <= high_a[:, None])).all(-1))
+    near = va[i] & vb[j] & (np.hypot(xa[i, 0] - xb[j, 0], xa[i, 1] - xb[j, 1]) < ((sa[i, 0] + sb[j, 0]) / 2 + 1 + grow_m)[:, None])
+    pair, k = np.nonzero(near)
+    i, j = i[pair], j[pair]
+    hit = boxes_overlap(box_corners(ta[i, k, :2], ta[i, k, 2], sa[i, 0] + grow_m, sa[i, 1] + grow_m), box_corners(tb[j, k, :2], tb[j, k, 2], sb[j, 0], sb[j, 1]))
+    out[i[hit], j[hit]] = True
+    return out
+
+def _reach(track: np.ndarray, beyond_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Positions (n, 2, t) of agents, and the corners (n, 2) of rectangles that their bodies never leave."
+    xy = np.ascontiguousarray(track[..., :2].swapaxes(1, 2))
+    return xy, xy.min(-1) - beyond_m, xy.max(-1) + beyond_m
+
 def touching(
     a: Agent, b: Agent, grow_m: float = 0.,
 ) -> bool:
     "Whether two agents ever overlap while both are there."
-    near = a.valid & b.valid & (np.hypot(*(a.track[:, :2] - b.track[:, :2]).T) < (a.size_lwh[0] + b.size_lwh[0]) / 2 + 1 + grow_m)
-    if not near.any(): return False
-    ca = box_corners(a.track[near, :2], a.track[near, 2], a.size_lwh[0] + grow_m, a.size_lwh[1] + grow_m)
-    cb = box_corners(b.track[near, :2], b.track[near, 2], b.size_lwh[0], b.size_lwh[1])
-    return bool(boxes_overlap(ca, cb).any())
-
-def _reach(a: Agent, grow_m: float = 0.) -> tuple[float, float, float, float]:
-    "A rectangle (x from, to, y from, to) that an agent's body never leaves."
-    (x0, y0), (x1, y1), r = a.track[:, :2].min(0).tolist(), a.track[:, :2].max(0).tolist(), float(a.size_lwh[0]) / 2 + 1 + grow_m
-    return x0 - r, x1 + r, y0 - r, y1 + r
+    return bool(contacts([a], [b], grow_m).any())
 
 def without_contact(
     agents: list[Agent],     # most important first
@@ -205,10 +217,8 @@ def without_contact(
     grow_m: float = .4,      # clearance asked for
 ) -> list[Agent]:
     "The agents that never touch a more important one."
-    kept, reach = agents[:keep], [_reach(a, grow_m) for a in agents[:keep]]
-    for agent in agents[keep:]:
-        x0, x1, y0, y1 = _reach(agent)
-        apart = lambda b: b[0] > x1 or b[1] < x0 or b[2] > y1 or b[3] < y0  # noqa: B023
-        if any(not apart(b) and touching(other, agent, grow_m) for other, b in zip(kept, reach)): continue
-        kept.append(agent); reach.append(_reach(agent, grow_m))
-    return kept
+    order, kept = np.arange(len(agents)), list(range(min(keep, len(agents))))
+    touch = contacts(agents, agents, grow_m, (order[:, None] < order) & (order >= keep))
+    for j in range(keep, len(agents)):
+        if not touch[kept, j].any(): kept.append(j)
+    return [agents[j] for j in kept]

@@ -107,11 +107,10 @@ def rank_connectors(
 ) -> None:
     "Fill `yields` for the connectors of one junction."
     lines = np.array([shapely.LineString(self.lanes[c]['centerline'][:, :2]) for c, _, _ in rows])
-    crosses = shapely.intersects(lines[:, None], lines[None])
     rank = [(r, _TURN_RANK[self.lanes[c]['turn']], c) for c, _, r in rows]
     for i, (c, arm, _) in enumerate(rows):
-        first = [d for j, (d, other, _) in enumerate(rows) if other != arm and crosses[i, j] and same_phase(arm, other) and rank[j] < rank[i]]
-        if first: self.yields[c] = tuple(first)
+        first = [j for j, (_, other, _) in enumerate(rows) if other != arm and same_phase(arm, other) and rank[j] < rank[i]]
+        if first := [rows[j][0] for j, crosses in zip(first, shapely.intersects(lines[i], lines[first])) if crosses]: self.yields[c] = tuple(first)
 
 # %% ../../nbs/10_world/12_junctions.ipynb #c014
 def sign(kind: str, xy, facing_rad: float, size=(.05, .8, 2.6), rgb=(200, 40, 40)) -> Prop:

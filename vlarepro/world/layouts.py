@@ -297,9 +297,8 @@ def add_props(rng: np.random.Generator, b: RoadBuilder) -> list[Prop]:
     pose = np.concatenate(poses)
     size = np.array([r[3] for r in rows]); big = np.array([r[0] == 'building' for r in rows])
     half = np.where(big[:, None], size[:, :2] / 2 + 1.6, .35)     # a pavement in front of houses
-    paved = shapely.STRtree([shapely.Polygon(p) for p in (*b.drivable, *b.islands)])
     clear = np.ones(len(pose), bool)
-    clear[paved.query(_boxes(pose, half), 'intersects')[0]] = False
+    clear[shapely.STRtree(_boxes(pose, half)).query([shapely.Polygon(p) for p in (*b.drivable, *b.islands)], 'intersects')[1]] = False
     houses = _apart(_boxes(pose, size[:, :2] / 2 + .4), np.flatnonzero(big & clear))
     clear[big] = False; clear[houses] = True
     if b.signs:  # signs stay visible

@@ -60,7 +60,9 @@ def strip(
     right_m: float | Float[np.ndarray, "n"],
 ) -> Float[np.ndarray, "m 2"]:  # left side in driving direction, then right side back
     "Polygon between two parallels of a line."
-    return np.concatenate([offset_line(line, left_m)[:, :2], offset_line(line, np.negative(right_m))[::-1, :2]])
+    x, y, s, c = line[:, 0], line[:, 1], np.sin(line[:, 2]), np.cos(line[:, 2])
+    around = lambda left, right: np.concatenate([left, right[::-1]])
+    return np.stack([around(x - s * left_m, x + s * right_m), around(y + c * left_m, y - c * right_m)], 1)
 
 # %% ../../nbs/10_world/10_roads.ipynb #c011
 def smooth_step(

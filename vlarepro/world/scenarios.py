@@ -12,7 +12,7 @@ import numpy as np
 import shapely
 from jaxtyping import Float, Int8
 
-from .agents import PATH_STEP_M, crossing_track, looks, standing_track, strolling_track, touching, vehicle_track, without_contact
+from .agents import PATH_STEP_M, contacts, crossing_track, looks, standing_track, strolling_track, vehicle_track, without_contact
 from .expert import Passing, ego_states, quintic
 from .layouts import Layout, build_layout
 from .population import (MIXTURE, Car, Mixture, Person, Plan, cross_traffic, cruise, detour_conflicts, ego_way, fill_slots,
@@ -126,23 +126,23 @@ def _rows(rng, plan: Plan, run: Run, cars: list[Car], people: list[Person]) -> t
     return rows, at
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c011
-def _agents(plan: Plan, ego: np.ndarray, rows: list[tuple], n_main: int) -> tuple[list[Agent], dict[int, int], bool]:
-    "Agents of a scene, rows that became one, and whether the ego stays clear of those it reacts to."
+def _agents(plan: Plan, ego: np.ndarray, rows: list[tuple], n_main: int) -> tuple[list[Agent], dict[int, int]] | None:
+    "Agents of a scene and rows that became one; None: the ego does not stay clear of those it reacts to."
     made = [Agent(i, cat, size, track, visible(ego, track, there), color, *lamps) for i, (cat, size, color, track, there, *lamps) in enumerate(rows)]
     me, always = ego_agent(ego), np.ones(N_STEPS, bool)
     fixtures = [Agent(-1, f.category, np.asarray(f.size_lwh, float), (track := standing_track(f.pose)), visible(ego, track, always), f.color, ~always)
                 for f in plan.layout.road.fixtures]
     fixtures = [f for f in fixtures if f.valid.any()]
-    free = not any(touching(me, a, .4) for a in made[:n_main]) and not any(touching(me, f, .1) for f in fixtures)
+    if contacts([me], made[:n_main], .4).any() or contacts([me], fixtures, .1).any(): return None
     kept = without_contact([me, *made], keep=1, grow_m=.8)[1:]
     checked = without_contact([*fixtures, *kept], keep=len(fixtures), grow_m=.1)[len(fixtures):]
-    if {a.id for a in made[:n_main] if a.valid.any()} - {a.id for a in checked}: free = False
+    if {a.id for a in made[:n_main] if a.valid.any()} - {a.id for a in checked}: return None
     seen = [a for a in checked if a.valid.any()]
     nearest = lambda a: np.hypot(*(a.track[a.valid, :2] - ego[a.valid, :2]).T).min()
     rest = sorted((a for a in seen if a.id >= n_main), key=nearest)
     seen = sorted(([a for a in seen if a.id < n_main] + rest)[:MAX_AGENTS], key=lambda a: a.id)
     ids = {a.id: j for j, a in enumerate(seen)}
-    return [Agent(j, a.category, a.size_lwh, a.track, a.valid, a.color, a.braking, a.turning) for j, a in enumerate([*seen, *fixtures])], ids, free
+    return [Agent(j, a.category, a.size_lwh, a.track, a.valid, a.color, a.braking, a.turning) for j, a in enumerate([*seen, *fixtures])], ids
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c013
 def _spells(on: np.ndarray, join: int = 10) -> list[tuple[int, int]]:
@@ -175,9 +175,9 @@ def _give_way_events(run: Run, cars: list[Car], agent) -> list[Event]:
 
 def make_beacons(crosswalks: list[np.ndarray], way: Way, people: list[Person], walk_steps: list) -> list[Beacon]:
     "A pair at each crosswalk where somebody waits, towards the ego; on from `SIGNALS_S` before they step out until they are over."
-    out = []
+    out, reach = [], [shapely.Polygon(c).buffer(1.5) for c in crosswalks] if people else []
     for p, k in zip(people, walk_steps):
-        if not any(shapely.Polygon(c).buffer(1.5).contains(shapely.Point((p.start + p.end) / 2)) for c in crosswalks): continue
+        if not any(shapely.contains_xy(r, *(p.start + p.end) / 2) for r in reach): continue
         over, on = p.end - p.start, np.zeros(N_STEPS, bool)
         length, heading = float(np.hypot(*over)), way.path.xyh[min(int(p.walker.s / PATH_STEP_M), len(way.path.xyh) - 1), 2]
         if k is not None: on[max(0, k - round(SIGNALS_S / DT_S)):k + round(length / p.speed_mps / DT_S)] = True
@@ -247,28 +247,32 @@ def runs_at_somebody(
     me, speed = ego_agent(ego).track, ego[:, 3:4]
     way = np.stack([np.cos(ego[:, 2]), np.sin(ego[:, 2])], -1)
     near = [a for a in agents if a.valid.any()]
+    if not near: return False
+    track, valid, size = (np.stack([getattr(a, name) for a in near]) for name in ('track', 'valid', 'size_lwh'))
     for f in (3, 6, 9):
         boxes = box_corners(me[:-f, :2] + speed[:-f] * f * DT_S * way[:-f], me[:-f, 2], LARGE_LWH[0] + grow_m, LARGE_LWH[1] + grow_m)
-        for a in near:
-            d = a.track[f:, :2] - ego[:-f, :2]
-            along, dist = (d * way[:-f]).sum(1), np.hypot(d[:, 0], d[:, 1])
-            ask = a.valid[f:] & (dist < 14 + ego[:-f, 3]) & (ego[:-f, 3] > .3) & (along > np.where(inside[:-f], -.86, .84) * dist)
-            if ask.any() and boxes_overlap(boxes[ask], box_corners(a.track[f:][ask, :2], a.track[f:][ask, 2], *a.size_lwh[:2])).any(): return True
+        dx, dy = track[:, f:, 0] - ego[:-f, 0], track[:, f:, 1] - ego[:-f, 1]
+        along, dist = dx * way[:-f, 0] + dy * way[:-f, 1], np.hypot(dx, dy)
+        asked = valid[:, f:] & (dist < 14 + ego[:-f, 3]) & (ego[:-f, 3] > .3) & (along > np.where(inside[:-f], -.86, .84) * dist)
+        i, k = np.nonzero(asked)
+        if len(i) and boxes_overlap(boxes[k], box_corners(track[i, k + f, :2], track[i, k + f, 2], size[i, 0], size[i, 1])).any(): return True
     return False
 
 def stays_on_pavement(ego: Float[np.ndarray, "t 7"], drivable: list[np.ndarray], grow_m: float = .5) -> bool:
     "Whether the corners of the large car are on the drivable area at every second step."
-    paved = shapely.union_all(shapely.buffer([shapely.Polygon(p) for p in drivable], .02))
-    shapely.prepare(paved)
     me = ego_agent(ego).track[::2]
     corners = box_corners(me[:, :2], me[:, 2], LARGE_LWH[0] + grow_m, LARGE_LWH[1] + grow_m)
-    return bool(shapely.contains_xy(paved, corners[..., 0].ravel(), corners[..., 1].ravel()).all())
+    x, y = corners.reshape(-1, 2).T
+    paved = np.array([shapely.Polygon(p) for p in drivable])
+    shapely.prepare(paved)
+    out = ~shapely.contains_xy(paved[:, None], x, y).any(0)
+    return not out.any() or bool(shapely.contains_xy(shapely.union_all(shapely.buffer(paved, .02)), x[out], y[out]).all())  # on a joint
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c021
 ATTEMPTS = 12
 
-def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: str, mix: Mixture, kind: str | None) -> tuple[Scene, bool]:
-    "One draw, and whether the ego's drive is clean."
+def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: str, mix: Mixture, kind: str | None) -> Scene | None:
+    "One draw; None: the ego's drive is not clean."
     layout = build_layout(rng, map, kind=kind) if kind else build_layout(rng, map)
     plan = plan_ego(rng, layout, mix)
     free = fill_slots(rng, plan, mix)
@@ -288,22 +292,22 @@ def _attempt(rng: np.random.Generator, seed: int, name: str, split: str, map: st
     ego_mover = Mover(way, v_ref, driver, EGO_SIZE_LWH[0], plan.s0 + EGO_FRONT_M, plan.v0, late=3)
     run = simulate(layout.road, [ego_mover, *(c.mover for c in cars)], lights, [p.walker for p in people], detour_conflicts(plan, way, cars),
                    _passing(plan, way, cars, people))
+    stuck = any(last - first > 55 and run.v[first:last + 1, 0].min() < .3 for first, last in _spells(run.waits))  # traffic that lets nobody in
+    if stuck or run.s[-1, 0] >= way.path.length_m - 4: return None
     ego = ego_states(way.path, run.s[:, 0], run.v[:, 0], run.a[:, 0], run.left_m)
     rows, at = _rows(rng, plan, run, cars, people)
-    agents, ids, clean = _agents(plan, ego, rows, at['main'])
-    turns = route_turns(layout, way)
+    if (made := _agents(plan, ego, rows, at['main'])) is None: return None
+    (agents, ids), turns = made, route_turns(layout, way)
+    inside = np.any([(run.s[:, 0] > begin) & (run.s[:, 0] < end + 4) for begin, end, _ in turns], 0) if turns else np.zeros(N_STEPS, bool)
+    if runs_at_somebody(ego, agents, inside) or not stays_on_pavement(ego, layout.road.drivable): return None
     fixture = next((a.id for a in agents[len(ids):] if a.category.startswith('movable')), None)
     events = make_events(plan, way, run, cars, lights, turns, lambda key: ids.get(at.get(key)), fixture)
     events += [Event('pedestrian', k * DT_S, min(20., k * DT_S + p.walker.blocks_s), ids.get(at['person', i]))
                for i, (p, k) in enumerate(zip(people, run.walk_steps)) if k is not None]
     events = sorted((e for e in events if e.t_start_s < min(19.9, e.t_end_s)), key=lambda e: (e.t_start_s, e.kind))
-    scene = Scene(name, split, map, int(seed), layout.road, np.arange(N_STEPS) * DT_S, ego, agents, run.lamps, events, layout.route,
-                  route_command(run.s[:, 0], turns), float(rng.uniform(.75, 1.1)), int(rng.integers(2 ** 31)), family_of({e.kind for e in events}, ahead),
-                  way.path.xyh, v_ref, make_beacons(layout.road.crosswalks, way, people, run.walk_steps))
-    stuck = any(last - first > 55 and run.v[first:last + 1, 0].min() < .3 for first, last in _spells(run.waits))  # traffic that lets nobody in
-    if not clean or stuck or run.s[-1, 0] >= way.path.length_m - 4: return scene, False
-    inside = np.any([(run.s[:, 0] > begin) & (run.s[:, 0] < end + 4) for begin, end, _ in turns], 0) if turns else np.zeros(N_STEPS, bool)
-    return scene, not runs_at_somebody(ego, agents, inside) and stays_on_pavement(ego, layout.road.drivable)
+    return Scene(name, split, map, int(seed), layout.road, np.arange(N_STEPS) * DT_S, ego, agents, run.lamps, events, layout.route,
+                 route_command(run.s[:, 0], turns), float(rng.uniform(.75, 1.1)), int(rng.integers(2 ** 31)), family_of({e.kind for e in events}, ahead),
+                 way.path.xyh, v_ref, make_beacons(layout.road.crosswalks, way, people, run.walk_steps))
 
 # %% ../../nbs/10_world/40_scenarios.ipynb #c022
 def _passing(plan: Plan, way: Way, cars: list[Car], people: list[Person]) -> Passing | None:
@@ -333,6 +337,6 @@ def make_scene(
     "Simulate one scene; the same arguments give the same scene."
     if map not in LOCATIONS: raise ValueError(f'no such map {map!r}: use one of {LOCATIONS}')
     for attempt in range(ATTEMPTS):
-        scene, clean = _attempt(np.random.default_rng([int(TRAFFIC_VERSION), int(seed), attempt]), seed, name, split, map, mixture, road)
-        if clean: return scene
+        scene = _attempt(np.random.default_rng([int(TRAFFIC_VERSION), int(seed), attempt]), seed, name, split, map, mixture, road)
+        if scene is not None: return scene
     raise RuntimeError(f'{name}: none of {ATTEMPTS} drives with seed {seed} on {map} (road {road}) was clean: report the seed')

@@ -157,18 +157,19 @@ class Scene:
     beacons: list[Beacon] = field(default_factory=list)
 
 # %% ../../nbs/10_world/00_scene.ipynb #c013
+_SIGNS = np.array([[1, 1, -1, -1], [1, -1, -1, 1]])
+
 def box_corners(
     xy: Float[np.ndarray, "*b 2"],   # box centre, any frame [m]
     yaw_rad: Float[np.ndarray, "*b"],
-    length_m: float,
-    width_m: float,
+    length_m: float | Float[np.ndarray, "*b"],
+    width_m: float | Float[np.ndarray, "*b"],
 ) -> Float[np.ndarray, "*b 4 2"]:    # front left, front right, rear right, rear left [m]
     "Corners of oriented boxes."
     xy, yaw = np.asarray(xy, float), np.asarray(yaw_rad, float)
-    local = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]]) * [length_m / 2, width_m / 2]
+    x, y = (sign * (np.asarray(size)[..., None] / 2) for sign, size in zip(_SIGNS, (length_m, width_m)))
     c, s = np.cos(yaw)[..., None], np.sin(yaw)[..., None]
-    turned = np.stack([c * local[:, 0] - s * local[:, 1], s * local[:, 0] + c * local[:, 1]], -1)
-    return xy[..., None, :] + turned
+    return np.stack([xy[..., :1] + (c * x - s * y), xy[..., 1:] + (s * x + c * y)], -1)
 
 # %% ../../nbs/10_world/00_scene.ipynb #c014
 def ego_box_centers(
@@ -184,14 +185,10 @@ def boxes_overlap(
     b: Float[np.ndarray, "*b 4 2"],
 ) -> Bool[np.ndarray, "*b"]:
     "Separating axis test for oriented boxes, broadcast over the leading axes."
-    a, b = np.broadcast_arrays(a, b)
-    apart = np.zeros(a.shape[:-2], bool)
-    for box in (a, b):
-        for i in (0, 1):
-            axis = box[..., i + 1, :] - box[..., i, :]
-            pa, pb = (a * axis[..., None, :]).sum(-1), (b * axis[..., None, :]).sum(-1)
-            apart |= (pa.max(-1) < pb.min(-1)) | (pb.max(-1) < pa.min(-1))
-    return ~apart
+    a, b = (np.ascontiguousarray(np.moveaxis(x, (-2, -1), (0, 1))) for x in np.broadcast_arrays(a, b))  # (corner, xy, *b)
+    axis = np.concatenate([a[1:3] - a[:2], b[1:3] - b[:2]])[:, None]
+    pa, pb = (axis[:, :, 0] * box[:, 0] + axis[:, :, 1] * box[:, 1] for box in (a, b))                  # (axis, corner, *b)
+    return ~((pa.max(1) < pb.min(1)) | (pb.max(1) < pa.min(1))).any(0)
 
 # %% ../../nbs/10_world/00_scene.ipynb #c022
 def _feed(h, value) -> None:

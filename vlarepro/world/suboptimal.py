@@ -37,6 +37,8 @@ class NoDrive(LookupError):
     "The scene has no place for such a drive."
 
 # %% ../../nbs/10_world/42_suboptimal.ipynb #c008
+_AHEAD = np.arange(5, 30, 5)   # steps at which somebody may cross
+
 class Replay:
     "A scene as a driver on the expert's line finds it."
     def __init__(self, scene: Scene):
@@ -74,6 +76,8 @@ class Replay:
         self.speed = track[..., 3] * np.cos(turn)
         self.follows = (np.cos(turn) > .75) | (track[..., 3] < .3)
         self.valid = np.stack([a.valid for a in agents], 1) if agents else np.zeros((N_STEPS, 0), bool)
+        self.rear, self.nose, self.crossing = self.s - self.half_s, self.s + self.half_s, self.valid & ~self.follows
+        self.soon = self.crossing[np.minimum(np.arange(N_STEPS)[:, None] + _AHEAD, N_STEPS - 1)].any((1, 2)).tolist()   # somebody will cross
 
     def _lines(self) -> None:
         "Stop lines with lamps on the route: (arc length for the front bumper, signal)."
@@ -102,22 +106,22 @@ class Habit:
     stop_s: float = 1e9           # front bumper stops here without a reason
     driver: Driver = Driver(1.7, 2., 1.2, 2.8)
 
-_SIDE_M, _AHEAD = .3, np.arange(5, 30, 5)
+_SIDE_M = .3
 
 def _hindrance(r: Replay, k: int, s: float, y: float, v: float, target: float) -> tuple[float, float, float]:
     "Gap to and speed of who is ahead, and distance to where somebody will cross."
     front, half = s + EGO_FRONT_M, EGO_SIZE_LWH[1] / 2 + _SIDE_M
-    side = np.minimum(np.abs(r.lat[k] - y), np.abs(r.lat[k] - target)) - r.half_lat[k]
-    rear = r.s[k] - r.half_s[k]
+    side, rear = np.minimum(np.abs(r.lat[k] - y), np.abs(r.lat[k] - target)) - r.half_lat[k], r.rear[k]
     ahead = r.valid[k] & (side < half) & (rear > front - 1.) & (r.follows[k] | (rear < front + 3. + v))
     gap, lead = 1e9, 0.
     if ahead.any():
         j = int(np.argmin(np.where(ahead, rear, 1e9)))
         gap, lead = float(rear[j] - front), max(float(r.speed[k, j]), 0.)
-    later = np.minimum(k + _AHEAD, len(r.s) - 1)
+    if not r.soon[k]: return gap, lead, 1e9
+    later = np.minimum(k + _AHEAD, N_STEPS - 1)
     reach = v * _AHEAD[:, None] * DT_S
-    cross = r.valid[later] & ~r.follows[later] & (np.abs(r.lat[later] - target) - r.half_lat[later] < half + .3)
-    rear, nose = r.s[later] - r.half_s[later], r.s[later] + r.half_s[later]
+    cross = r.crossing[later] & (np.abs(r.lat[later] - target) - r.half_lat[later] < half + .3)
+    rear, nose = r.rear[later], r.nose[later]
     cross &= (rear < front + reach + 3.) & (nose > s - 2. + reach) & (rear > front - .5)
     return gap, lead, float(np.where(cross, rear - front - 2., 1e9).min(initial=1e9))
 
@@ -180,7 +184,7 @@ def outside_lane(scene: Scene, ego: Float[np.ndarray, "t 7"], k: slice) -> Float
     line = np.concatenate([lane.centerline for lane in lanes])
     half = np.concatenate([np.full(len(lane.centerline), lane.width_m / 2) for lane in lanes])
     corner = box_corners(ego_box_centers(ego[k]), ego[k, 2], *EGO_SIZE_LWH[:2])
-    near = np.argmin(((corner[..., None, :] - line[:, :2]) ** 2).sum(-1), -1)
+    near = np.argmin((corner[..., :1] - line[:, 0]) ** 2 + (corner[..., 1:] - line[:, 1]) ** 2, -1)
     base, d = line[near], corner - line[near, :2]
     return (np.abs(d[..., 1] * np.cos(base[..., 2]) - d[..., 0] * np.sin(base[..., 2])) - half[near]).max(-1)
 

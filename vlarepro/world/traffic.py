@@ -34,8 +34,9 @@ def make_way(
     for i in ids[:-1]:
         line = lanes[i].centerline
         s += float(np.hypot(*np.diff(line[:, :2], axis=0).T).sum())
-        k = np.arange(max(0, int((s - 9) / PATH_STEP_M)), min(len(path.xyh), int((s + 9) / PATH_STEP_M) + 1))
-        s = float(k[np.argmin(((path.xyh[k, :2] - line[-1, :2]) ** 2).sum(1))]) * PATH_STEP_M if len(k) else s
+        first = max(0, int((s - 9) / PATH_STEP_M))
+        near = path.xyh[first:max(0, int((s + 9) / PATH_STEP_M) + 1), :2]
+        s = float(first + np.argmin(((near - line[-1, :2]) ** 2).sum(1))) * PATH_STEP_M if len(near) else s
         begin.append(s)
     return Way(path, tuple(ids), (*begin, path.length_m))
 
@@ -179,6 +180,7 @@ class _Graph:
     "What the pairs need to know of a road, computed once."
     def __init__(self, road: Road):
         self.road, self.meetings = road, {}
+        self.parting = {i: {k for p in lane.predecessors for k in road.lanes[p].successors} - {i} for i, lane in road.lanes.items()}
         self.line, self.lamp = {}, {}   # lane -> distance of its stop line before its end, its kind; lane -> signal
         for stop in road.stop_lines:
             for i in stop.lanes:
@@ -205,7 +207,7 @@ def _following(graph: _Graph, mine: tuple, ways: tuple[Way, Way]) -> list | None
         if lane in at: row = at[lane] - b, -1e9, 1e9, -1., 0.
         elif lane is not None:
             for mate in at:  # the same predecessor: it is still in my way until the lanes are apart
-                if mate != lane and set(lanes[mate].predecessors) & set(lanes[lane].predecessors) and (m := graph.meeting(mate, lane)):
+                if mate in graph.parting[lane] and (m := graph.meeting(mate, lane)):
                     row = at[mate] - b, -1e9, b + m.b[1] * (e - b), -1., 0.
             after = other.lanes[j + 1] if j + 1 < n else None
             later = other.lanes[j + 2] if j + 2 < n else None
@@ -249,12 +251,15 @@ def _tables(v_ref: np.ndarray) -> tuple[list, list]:
     slope = v_ref * np.gradient(v_ref, PATH_STEP_M)
     return v_ref.tolist() + [float(v_ref[-1])] * 400, slope.tolist() + [0.] * 400
 
+_LANES = (0,), (0, 1), (1,)   # where a mover is seen: beside, both, on its way
+
 class _Body:
     "A mover on its way."
-    __slots__ = ('m', 'i', 's', 'v', 'a', 'ref', 'slope', 'hang', 'ends', 'ptr', 'on', 'gone', 'phase', 'cut', 'braked', 'near', 'conflicts',
-                 'lines', 'walks', 'S', 'V', 'A', 'held', 'waits', 'merging', 'lead', 'leads', 'holding')
+    __slots__ = ('m', 'i', 's', 'v', 'a', 'length', 'late', 'leaves', 'ref', 'slope', 'hang', 'ends', 'ptr', 'on', 'gone', 'phase', 'cut', 'braked', 'near',
+                 'conflicts', 'lines', 'walks', 'held', 'waits', 'merging', 'lead', 'leads', 'holding', 'rows', 'known')
     def __init__(self, m: Mover, i: int):
-        self.m, self.i, self.s, self.v, self.a = m, i, m.s0, m.v0, 0.
+        self.m, self.i, self.s, self.v, self.a, self.length, self.late = m, i, m.s0, m.v0, 0., m.length_m, m.late
+        self.leaves = min(m.way.begin_s[-1], m.until_s) if i else 1e9
         self.ref, self.slope = _tables(m.v_ref)
         self.hang = EGO_FRONT_M if i == 0 else .8 * m.length_m
         self.ends, self.ptr = list(m.way.begin_s[1:-1]) + [1e9], 0
@@ -262,43 +267,43 @@ class _Body:
         self.on, self.gone, self.phase = False, False, 0 if m.change else 2
         self.cut, self.braked = None, []
         self.near, self.conflicts, self.lines, self.walks = [], [], [], []
-        self.S, self.V, self.A, self.held, self.waits, self.merging, self.lead, self.leads, self.holding = [], [], [], False, [], 0, -1, set(), set()
+        self.held, self.waits, self.merging, self.lead, self.leads, self.holding, self.rows, self.known = False, [], 0, -1, set(), set(), [], -1
 
-    def leader(self, skip: int = -1) -> tuple[float, float]:
+    def ahead(self) -> list:
+        "Those who may be ahead on my way, as lanes are taken now: (body, row)."
+        lane = 2 if self.phase else 0
+        found = ((o, rows[lane + key]) for o, rows in self.near if o.on for key in _LANES[o.phase])
+        return [(o, row[o.ptr]) for o, row in found if row is not None and row[o.ptr] is not None]
+
+    def leader(self, world, k: int, skip: int = -1) -> tuple[float, float]:
         "Gap to and speed of the nearest vehicle ahead on my way."
-        gap, speed, s, self.merging, self.lead = 1e9, 0., self.s, 0, -1
-        lane = 0 if self.phase == 0 else 1
-        for o, rows in self.near:
-            if not o.on or o.i == skip: continue
-            rear = o.s - o.m.length_m
-            for key in ((1,) if o.phase == 2 else (0,) if o.phase == 0 else (0, 1)):
-                row = rows[2 * lane + key]
-                if row is None: continue
-                row = row[o.ptr]
-                if row is None or o.s < row[1] or rear > row[2]: continue
-                room = rear + row[0] - s
-                if row[3] >= 0.:  # merging: the one ahead leads, and the further away the place the more time there is
-                    if o.s + row[0] <= s - row[3]: continue
-                    room = max(room, .5) + .35 * max(row[4] - s, 0.)
-                elif room < -1.: continue
-                if room < gap:
-                    gap, speed = room, o.V[-1 - min(self.m.late, len(o.V) - 1)] if o.V else o.v
-                    self.merging, self.lead = o.i if row[3] > 0. else 0, o.i
-        return gap, speed
+        gap, s, self.merging, self.lead = 1e9, self.s, 0, -1
+        if self.known != world.moves: self.rows, self.known = self.ahead(), world.moves
+        for o, (offset, begin, end, margin, join) in self.rows:
+            front = o.s
+            rear = front - o.length
+            if front < begin or rear > end or o.i == skip: continue
+            room = rear + offset - s
+            if margin >= 0.:  # merging: the one ahead leads, and the further away the place the more time there is
+                if front + offset <= s - margin: continue
+                room = max(room, .5) + .35 * max(join - s, 0.)
+            elif room < -1.: continue
+            if room < gap: gap, self.merging, self.lead = room, o.i if margin > 0. else 0, o.i
+        return gap, world.V[max(k - self.late, 0)][self.lead] if self.lead >= 0 else 0.
 
     def blocked(self, c: Conflict, cars: list) -> bool:
         "Whether the stretch of a conflict is taken, or will be when I get there."
         o = cars[c.other]
-        if not o.on or o.s - o.m.length_m > c.theirs[1]: return False
+        if not o.on or o.s - o.length > c.theirs[1]: return False
         v, near = self.v, max(c.mine[0] - self.s, 0.)
         reach = 2 * near / (v + sqrt(v * v + 2.6 * near) + .01)
         if o.s > c.theirs[0]:  # it is inside: wait until it has left
-            return reach < (c.theirs[1] + o.m.length_m - o.s) / max(o.v, .6) + .3
+            return reach < (c.theirs[1] + o.length - o.s) / max(o.v, .6) + .3
         if not c.give_way or o.held: return False
-        far = (c.mine[0] + 4. if c.merge else c.mine[1]) + self.m.length_m - self.s
+        far = (c.mine[0] + 4. if c.merge else c.mine[1]) + self.length - self.s
         leave = 2 * far / (v + sqrt(v * v + 2.6 * far) + .01)
         there = (c.theirs[0] - o.s) / max(o.v + .5 * max(o.a, 0.), .8)
-        gone = (c.theirs[1] + o.m.length_m - o.s) / max(o.v, .8)
+        gone = (c.theirs[1] + o.length - o.s) / max(o.v, .8)
         return leave + .7 > there and reach < gone + .4
 
 # %% ../../nbs/10_world/25_traffic.ipynb #c021
@@ -306,7 +311,7 @@ class _World:
     "All bodies and what they share."
     def __init__(self, road: Road, movers: list[Mover], lights: list[Light], walkers: list[Walker], extra: list[tuple[int, Conflict]]):
         self.graph, self.machines, self.walkers = _Graph(road), [_LightState(x) for x in lights], walkers
-        self.walk = [None] * len(walkers)
+        self.walk, self.V, self.moves = [None] * len(walkers), [], 0   # speeds of all at every step; how often a lane was taken or left
         self.lamps = [GREEN] * len(road.signals)
         self.cars = [_Body(m, i) for i, m in enumerate(movers)]
         for car in self.cars: self._pairs(car)
@@ -345,6 +350,7 @@ class _World:
         for o in self.cars:
             if o.on and o.m.way.lanes[o.ptr] == first and k > 0 and abs(o.s - o.m.way.begin_s[o.ptr] - car.s) < 14: return
         car.on = True
+        self.moves += 1
 
 # %% ../../nbs/10_world/25_traffic.ipynb #c023
 def _stop_gap(world: _World, car: _Body, k: int, gap: float) -> float:
@@ -368,7 +374,7 @@ def _stop_gap(world: _World, car: _Body, k: int, gap: float) -> float:
     waits = 0
     for c in car.conflicts:
         room = c.wait_s - s
-        if -.6 < room < min(stop, 40.) and v * v < 2 * 3.6 * max(room, .05) and world.cars[c.other].on and car.blocked(c, world.cars):
+        if -.6 < room < 40. and room < stop and v * v < 2 * 3.6 * max(room, .05) and world.cars[c.other].on and car.blocked(c, world.cars):
             stop, waits = room, c.other
     if car.i == 0:
         car.waits.append(waits or (car.merging if car.a < -.2 else 0))
@@ -378,14 +384,12 @@ def _stop_gap(world: _World, car: _Body, k: int, gap: float) -> float:
 
 def _accelerate(world: _World, car: _Body, k: int) -> float:
     "Acceleration of one vehicle at one step."
-    m = car.m
-    i = int(max(car.s - car.hang, 0.) / PATH_STEP_M)
-    i = min(i, len(car.ref) - 1)
+    m, ego = car.m, world.cars[0]
+    i = min(int(max(car.s - car.hang, 0.) / PATH_STEP_M), len(car.ref) - 1)
     ref, slope = car.ref[i], car.slope[i]
-    gap, v_lead = car.leader(world.passing.skip if car.i == 0 and world.passing is not None else -1)
-    stop = _stop_gap(world, car, k, gap)
-    ego = world.cars[0]
-    if m.change is not None and car.phase == 0:
+    gap, v_lead = car.leader(world, k, world.passing.skip if car is ego and world.passing is not None else -1)
+    stop = _stop_gap(world, car, k, gap) if car is ego or car.lines or car.walks or car.conflicts else 1e9
+    if car.phase == 0:
         if m.change.parked: return 0.
         if m.change.ego_at_s is not None:  # keeps station beside the ego's lane
             ref, slope = max(0., min(ref * 1.25, ego.v - .5 * (car.s - m.length_m - ego.s - m.change.gap_m))), 0.
@@ -408,8 +412,8 @@ def _triggers(world: _World, car: _Body, k: int) -> None:
     if car.phase == 0 and k >= c.not_before:
         if c.ego_at_s is not None: go = 0 <= ego.s - c.ego_at_s < 20 and room > .8 * c.gap_m
         else: go = _gap_is_safe(car, world)
-        if go: car.cut, car.phase = k, 1
-    if car.phase == 1 and (k - car.cut) * DT_S > .32 * c.duration_s: car.phase = 2
+        if go: car.cut, car.phase, world.moves = k, 1, world.moves + 1
+    if car.phase == 1 and (k - car.cut) * DT_S > .32 * c.duration_s: car.phase, world.moves = 2, world.moves + 1
 
 def _gap_is_safe(car: _Body, world: _World) -> bool:
     "Nobody beside, enough room ahead and behind on the lane I want (MOBIL's safety rule)."
@@ -424,8 +428,9 @@ def _gap_is_safe(car: _Body, world: _World) -> bool:
 
 def _walkers_step(world: _World, k: int, front: float, v: float) -> None:
     "A pedestrian steps out when the ego is near and nobody is between."
+    reach = stopping_distance(v)
     for i, w in enumerate(world.walkers):
-        if world.walk[i] is None and w.crosses and .98 < (w.s - 1. - front) / stopping_distance(v) < w.near:
+        if world.walk[i] is None and w.crosses and .98 < (w.s - 1. - front) / reach < w.near:
             ego = world.cars[0]
             rows = [(o, r[3][o.ptr]) for o, r in ego.near if o.on and r[3] is not None]
             between = any(r is not None and front < o.s + r[0] < w.s + 2 + o.m.length_m for o, r in rows)
@@ -466,7 +471,7 @@ def simulate(
     world = _World(road, movers, list(lights), list(walkers), list(extra))
     world.passing = passing
     cars, ego = world.cars, world.cars[0]
-    ON, LAMPS, LIGHTS, LEFT = [], [], [], []
+    S, A, ON, LAMPS, LIGHTS, LEFT = [], [], [], [], [], []
     for k in range(n_steps):
         soon = ego.v + .8 * max(ego.a, 0.)  # who accelerates needs more room
         for m in world.machines:
@@ -477,24 +482,23 @@ def simulate(
             if not car.on and not car.gone: world.enter(car, k)
         _walkers_step(world, k, ego.s, soon)
         LEFT.append(passing.step(world, k) if passing is not None else 0.)
-        for car in cars: car.S.append(car.s); car.V.append(car.v); car.A.append(car.a)
+        S.append([car.s for car in cars]); world.V.append([car.v for car in cars]); A.append([car.a for car in cars])
         ON.append([car.on for car in cars]); LAMPS.append(list(world.lamps)); LIGHTS.append([m.state for m in world.machines])
         for car in cars:
             if car.on:
-                _triggers(world, car, k)
+                if car.m.brake or car.m.change: _triggers(world, car, k)
                 car.a = _accelerate(world, car, k)
-        for car in cars: _move(car)
-    stack = lambda name: np.array([getattr(car, name) for car in cars]).T
-    return Run(stack('S'), stack('V'), stack('A'), np.array(ON), np.array(LAMPS, np.int8).reshape(n_steps, -1), np.array(LIGHTS, np.int8).reshape(n_steps, -1),
+        for car in cars:
+            if car.on: _move(world, car)
+    return Run(*(np.array(x, order='F') for x in (S, world.V, A)), np.array(ON), np.array(LAMPS, np.int8).reshape(n_steps, -1), np.array(LIGHTS, np.int8).reshape(n_steps, -1),
                np.array(LEFT), [(m.trigger, m.release) for m in world.machines], world.walk, [c.cut for c in cars], [c.braked for c in cars],
                np.array(ego.waits), np.array(passing.log if passing is not None else [0] * n_steps), frozenset(ego.leads))
 
-def _move(car: _Body) -> None:
+def _move(world: _World, car: _Body) -> None:
     "Integrate one step."
-    if not car.on: return
     v = max(0., car.v + car.a * DT_S)
     if v == 0.: car.a = 0.
     car.s += (car.v + v) / 2 * DT_S
     car.v = v
-    while car.s - car.m.length_m > car.ends[car.ptr]: car.ptr += 1
-    if car.i and car.s > min(car.m.way.begin_s[-1], car.m.until_s): car.on, car.gone = False, True
+    while car.s - car.length > car.ends[car.ptr]: car.ptr, world.moves = car.ptr + 1, world.moves + 1
+    if car.s > car.leaves: car.on, car.gone, world.moves = False, True, world.moves + 1
